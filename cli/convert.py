@@ -1,0 +1,54 @@
+"""`kvshare convert`: the one command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from kvshare.cli import options
+from kvshare.cli.render import print_json, print_report, shown_progress
+
+
+def run(
+    model: options.Model,
+    output: options.Output,
+    init: options.Init = None,
+    kv_heads: options.KVHeads = None,
+    recipe: options.Recipe = None,
+    calibration: Annotated[str | None, typer.Option(help=f"Text for the merge. {options.DATA}.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    heal: Annotated[bool | None, typer.Option("--heal/--no-heal", help="Distil after the merge.")] = None,
+    heal_data: Annotated[str | None, typer.Option(help="Text to distil on; the calibration's when only that is given.")] = None,
+    heal_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out text for the final measurement.")] = None,
+    eval_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Merge K and V, heal, measure, and write an ordinary checkpoint."""
+    from kvshare import convert
+
+    with shown_progress() as progress:
+        result = convert(
+            model,
+            output,
+            init=init,
+            kv_heads=kv_heads,
+            recipe=recipe,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens,
+            heal=heal,
+            heal_data=heal_data,
+            heal_tokens=heal_tokens,
+            eval_data=eval_data,
+            eval_tokens=eval_tokens,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict() | {"output": str(result.output)})
+        return
+    print_report(result.report)
+    print(f"written to {result.output}; load it with kvshare.load({str(result.output)!r})")

@@ -1,0 +1,44 @@
+"""`kvshare heal`: distil a checkpoint further."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from kvshare.cli import options
+from kvshare.cli.render import print_json, shown_progress
+
+
+def run(
+    checkpoint: options.Checkpoint,
+    output: options.Output,
+    source: Annotated[str, typer.Option(help="The model it came from, the teacher: a Hub id, a folder, or kvshare/tiny.")],
+    data: Annotated[str, typer.Option(help=f"Text to train on. {options.DATA}.")],
+    tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    recipe: options.Recipe = None,
+    seed: options.Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same command.")] = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Distil a converted checkpoint on more text; LoRA is merged into the result."""
+    from kvshare import heal
+
+    with shown_progress() as progress:
+        result = heal(
+            checkpoint,
+            output,
+            source,
+            data,
+            tokens=tokens,
+            recipe=recipe,
+            seed=seed,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict() | {"output": str(output)})
+        return
+    print(f"{result.tokens:,} tokens in {result.steps} steps, KL {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}")
+    print(f"written to {output}; measure it with: kvshare eval {output} --against {source} --data DATA")

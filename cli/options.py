@@ -1,0 +1,19 @@
+"""Arguments that several verbs share, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A Hub id (with @revision), a local folder, or kvshare/tiny.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A folder that kvshare wrote.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The new folder.")]
+Recipe = Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")]
+Init = Annotated[str | None, typer.Option(help="How K and V become one: mean, svd or learned.")]
+KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a divisor of the source's, or a fraction such as 1/4.")]
+Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
+DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"

@@ -1,0 +1,40 @@
+"""`kvshare plan`: what a conversion would do, without touching a weight."""
+
+from __future__ import annotations
+
+from kvshare.cli import options
+from kvshare.cli.render import print_json, print_table, size
+
+
+def run(
+    model: options.Model,
+    init: options.Init = None,
+    kv_heads: options.KVHeads = None,
+    recipe: options.Recipe = None,
+    as_json: options.Json = False,
+) -> None:
+    """Show what a conversion would do: tensors, cache, disk and memory. Reads headers, no weights."""
+    from kvshare import plan
+
+    result = plan(model, init=init, kv_heads=kv_heads, recipe=recipe)
+    values = result.to_dict()
+    if as_json:
+        print_json(values)
+        return
+    print_table(
+        f"{values['model']} ({values['model_type']}, {values['layers']} layers)",
+        [
+            ("KV heads", str(values["source_kv_heads"]), str(values["kv_heads"])),
+            ("KV cache per token", size(values["source_cache_bytes_per_token"]), size(values["cache_bytes_per_token"])),
+            ("KV cache saved", "", f"{values['cache_reduction']:.2%}"),
+            ("weights", size(values["bytes_read"]), size(values["bytes_written"])),
+            ("tensors merged / copied", "", f"{values['tensors_merged']} / {values['tensors_copied']}"),
+            ("init", "", values["init"]),
+            ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
+            ("disk needed", "", size(values["disk_bytes"])),
+            ("memory needed, about", "", size(values["memory_bytes"])),
+        ],
+        ("", "source", "converted"),
+    )
+    for reason in values["reasons"]:
+        print(f"- {reason}")

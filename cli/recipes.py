@@ -1,0 +1,41 @@
+"""`kvshare recipes`: list, show and copy the recipes that come with kvshare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvshare.errors import UsageError
+
+app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="A shipped recipe.")]
+
+
+@app.command("list")
+def list_recipes() -> None:
+    """Name every recipe with the first line of its description."""
+    from kvshare.recipe import recipe_names, recipe_text
+
+    for name in recipe_names():
+        print(f"{name:10} {recipe_text(name).splitlines()[0].removeprefix('# ')}")
+
+
+@app.command("show")
+def show_recipe(name: Name) -> None:
+    """Print a recipe."""
+    from kvshare.recipe import recipe_text
+
+    typer.echo(recipe_text(name), nl=False)
+
+
+@app.command("copy")
+def copy_recipe(name: Name, file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
+    """Copy a recipe to a file, to change it there."""
+    from kvshare.recipe import recipe_text
+
+    text = recipe_text(name)
+    if file.exists():
+        raise UsageError(f"the file {file} exists", "nothing is ever overwritten unless asked", "choose another name")
+    file.write_text(text, encoding="utf-8")

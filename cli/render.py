@@ -1,0 +1,108 @@
+"""What a person sees: tables on standard output, progress with the time left on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from kvshare.progress import Progress
+
+if TYPE_CHECKING:
+    from kvshare.evaluation import Report
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output."""
+    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """A table on standard output; the first column names the row, the others are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def print_report(report: Report) -> None:
+    """An evaluation as a table."""
+    r = report
+    print_table(
+        f"{r.tokens:,} tokens of {r.data}",
+        [
+            (
+                "perplexity",
+                f"{r.source_perplexity:.3f} ± {r.source_perplexity_error:.3f}",
+                f"{r.perplexity:.3f} ± {r.perplexity_error:.3f}",
+            ),
+            ("perplexity increase", "", f"{r.perplexity_increase:+.2%} ± {r.perplexity_increase_error:.2%}"),
+            ("KL to the source (nats per token)", "", f"{r.kl:.4f} ± {r.kl_error:.4f}"),
+            ("next-token agreement", "", f"{r.token_agreement:.1%} ± {r.token_agreement_error:.1%}"),
+            ("KV cache, bytes per token", f"{r.source_cache_bytes_per_token:,.0f}", f"{r.cache_bytes_per_token:,.0f}"),
+            ("KV cache saved", "", f"{r.cache_reduction:.2%}"),
+        ],
+        ("", "source", "converted"),
+    )
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+@contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """Progress bars with the time left on a terminal; a line per stage where standard error is a file.
+
+    The libraries underneath are kept from drawing bars of their own and from warning about their own future.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _lines() -> Progress:
+    seen: dict[str, int] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if seen.get(stage) != tenth:
+            seen[stage] = tenth
+            typer.echo(f"{stage}: {done}/{total}", err=True)
+
+    return show

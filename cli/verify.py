@@ -1,0 +1,13 @@
+"""`kvshare verify`: is a checkpoint what kvshare wrote?"""
+
+from __future__ import annotations
+
+from kvshare.cli import options
+
+
+def run(checkpoint: options.Checkpoint) -> None:
+    """Recompute every checksum, and check that k_proj and v_proj are equal bit for bit."""
+    from kvshare import verify
+
+    result = verify(checkpoint)
+    print(f"{checkpoint}: {result.files} files, {result.bytes:,} bytes, {result.layers} shared layers, all as written")

@@ -1,0 +1,41 @@
+"""kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
+
+The public API is the verbs: `plan`, `convert`, `heal`, `evaluate`, `verify`, `load`. They are loaded when first used, so
+that importing kvshare costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvshare.checkpoint import verify as verify
+    from kvshare.conversion import convert as convert
+    from kvshare.errors import KVShareError as KVShareError
+    from kvshare.evaluation import evaluate as evaluate
+    from kvshare.healing import heal as heal
+    from kvshare.loading import load as load
+    from kvshare.planning import plan as plan
+    from kvshare.recipe import load_recipe as load_recipe
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "convert": "conversion",
+    "evaluate": "evaluation",
+    "heal": "healing",
+    "KVShareError": "errors",
+    "load": "loading",
+    "load_recipe": "recipe",
+    "plan": "planning",
+    "verify": "checkpoint",
+}
+
+__all__ = ["KVShareError", "convert", "evaluate", "heal", "load", "load_recipe", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"kvshare.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'kvshare' has no attribute {name!r}")

@@ -1,0 +1,237 @@
+"""The conversion: plan, merge layer by layer, heal, measure, publish.
+
+In: a model and settings. Out: a checkpoint folder with its report. Never: leaves a half-written output, writes into the source.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvshare import __version__
+from kvshare.card import write_card
+from kvshare.checkpoint import (
+    FORMAT_VERSION,
+    MODELING,
+    OutputTensor,
+    WeightWriter,
+    check_output,
+    check_space,
+    fresh_folder,
+    publish,
+    read_tensor,
+    workspace,
+    write_json,
+)
+from kvshare.data import SELF, check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.evaluation import Report, compare, evaluation_rows, stored_bytes
+from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
+from kvshare.layerwise import LayerReport, merge_layers
+from kvshare.loading import load, load_native
+from kvshare.merge import AttentionWeights
+from kvshare.merge.mean import merge_mean
+from kvshare.planning import Plan, make_plan
+from kvshare.progress import Progress, silent
+from kvshare.recipe import Recipe, load_recipe
+from kvshare.runtime import MODELING_FILE
+from kvshare.source import CARRIED_FILES, open_source
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: its plan, one report per layer (none for `mean`), the healing if any, the measurement."""
+
+    output: Path
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    heal: HealResult | None
+    report: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data: the evaluation's figures at the top level, the rest below. This is report.json."""
+        return {
+            **self.report.to_dict(),
+            "layers": [asdict(layer) for layer in self.layers],
+            "heal": None if self.heal is None else self.heal.to_dict(),
+        }
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    init: str | None = None,
+    kv_heads: int | str | None = None,
+    recipe: str | Path | Recipe | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    heal: bool | None = None,
+    heal_data: str | None = None,
+    heal_tokens: int | None = None,
+    eval_data: str | None = None,
+    eval_tokens: int | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Conversion:
+    """Give a model back with a shared K and V. Every None means "as the recipe says".
+
+    Args:
+        model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
+        output: a new folder.
+        init: `mean`, `svd` or `learned`.
+        kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`.
+        recipe: a shipped recipe's name, a YAML file or a `Recipe`.
+        calibration, calibration_tokens: text for the merge.
+        heal: whether to distil after the merge.
+        heal_data, heal_tokens: text to distil on; the calibration's data where only that is given.
+        eval_data, eval_tokens: held-out text for the final measurement.
+        seed: decides samples, order of data and initial LoRA weights.
+        overwrite: replace an output that kvshare wrote.
+        progress: called on the way.
+
+    Raises:
+        KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
+    """
+    settings = load_recipe(
+        recipe,
+        init=init,
+        kv_heads=kv_heads,
+        seed=seed,
+        calibration__data=calibration,
+        calibration__tokens=calibration_tokens,
+        heal__enabled=heal,
+        heal__data=heal_data or calibration,
+        heal__tokens=heal_tokens,
+        evaluation__data=eval_data,
+        evaluation__tokens=eval_tokens,
+    )
+    target = Path(output)
+    source = open_source(model)
+    plan = make_plan(source, settings)
+    check_output(target, source.path, overwrite)
+    check_space(target, plan.disk_bytes)
+    tokenizer = load_tokenizer(source.path)
+    for data in _data_used(settings):
+        check_data(data)
+        check_tokenizer(tokenizer, data)
+    with workspace(target) as work:
+        native = load_native(source.path)
+        merged, layers = _write_merged(work, plan, native, tokenizer, progress)
+        teacher = native.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+        staged, healed = merged, None
+        if settings.heal.enabled:
+            staged = fresh_folder(work / "healed")
+            rows = heal_rows(settings, tokenizer, teacher, progress)
+            healed = heal_into(staged, merged, teacher, rows, settings, fresh_folder(work / "training"), False, progress)
+            carry_files(merged, staged)
+        report = _measure(staged, teacher, tokenizer, settings, progress)
+        result = Conversion(target, plan, layers, healed, report)
+        write_json(staged / "report.json", result.to_dict())
+        card = write_card(plan, report, 0 if healed is None else healed.tokens)
+        (staged / "README.md").write_text(card, encoding="utf-8")
+        publish(staged, target)
+    return result
+
+
+def _data_used(recipe: Recipe) -> list[str]:
+    used = [recipe.evaluation.data]
+    if recipe.init != "mean":
+        used.append(recipe.calibration.data)
+    if recipe.heal.enabled:
+        used.append(recipe.heal.data)
+    return used
+
+
+def _write_merged(work: Path, plan: Plan, native: Any, tokenizer: Any, progress: Progress) -> tuple[Path, tuple[LayerReport, ...]]:
+    """The merged checkpoint in native form, complete but for report, card and manifest."""
+    folder = fresh_folder(work / "merged")
+    writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.source.file) for t in plan.tensors])
+    for tensor in plan.tensors:
+        if tensor.action == "copy":
+            writer.copy(tensor.source, plan.source.path)
+    planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
+    reports = []
+    for layer, (weights, report) in enumerate(_merged_layers(plan, native, tokenizer, progress)):
+        if report is not None:
+            reports.append(report)
+        for part in ("q", "k", "v", "o"):
+            for name, field in ((plan.family.weight(layer, part), part), (plan.family.bias(layer, part), f"{part}_bias")):
+                if name in planned:
+                    writer.put(name, getattr(weights, field))
+    writer.finish()
+    write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
+    for name in CARRIED_FILES:
+        if (plan.source.path / name).is_file():
+            shutil.copyfile(plan.source.path / name, folder / name)
+    shutil.copyfile(MODELING_FILE, folder / MODELING)
+    return folder, tuple(reports)
+
+
+def _merged_layers(
+    plan: Plan, native: Any, tokenizer: Any, progress: Progress
+) -> Iterator[tuple[AttentionWeights, LayerReport | None]]:
+    recipe = plan.recipe
+    if recipe.init == "mean":
+        for layer in range(plan.layers):
+            progress("merging layers", layer + 1, plan.layers)
+            yield merge_mean(_stored_weights(plan, layer), plan.kv_heads), None
+        return
+
+    def written(done: int, total: int) -> None:
+        progress("writing text with the source model", done, total)
+
+    settings = recipe.calibration
+    rows = load_rows(settings.data, tokenizer, native, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield from merge_layers(native, plan.family, plan.head_dim, plan.kv_heads, recipe, rows, device, progress)
+
+
+def _stored_weights(plan: Plan, layer: int) -> AttentionWeights:
+    """The attention of one layer as it lies on the disk."""
+    tensors = {}
+    for part in ("q", "k", "v", "o"):
+        for name, field in ((plan.family.weight(layer, part), part), (plan.family.bias(layer, part), f"{part}_bias")):
+            if name in plan.source.tensors and field != "o_bias":
+                tensors[field] = read_tensor(plan.source.path, plan.source.tensors[name])
+    return AttentionWeights(head_dim=plan.head_dim, **tensors)
+
+
+def _auto_map(plan: Plan) -> dict[str, str]:
+    return {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{plan.config['architectures'][0]}"}
+
+
+def _block(plan: Plan) -> dict[str, Any]:
+    """The kvshare block of config.json: what was done to which model, enough to do it again."""
+    import transformers
+
+    fingerprint = plan.source.fingerprint
+    if plan.source.commit is None:
+        fingerprint["name"] = Path(plan.source.name).name  # where a folder lies is nobody's business
+    return {
+        "format_version": FORMAT_VERSION,
+        "version": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "layers": list(range(plan.layers)),
+        "source": {**fingerprint, "num_key_value_heads": plan.source_kv_heads},
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "seed": plan.recipe.seed,
+        "healed_tokens": 0,
+    }
+
+
+def _measure(folder: Path, teacher: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Report:
+    model = load(folder, dtype=torch.float32).to(next(teacher.parameters()).device)
+    rows = evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
+    return compare(model, teacher, rows, _named(recipe.evaluation.data), stored_bytes(folder), progress)
+
+
+def _named(data: str) -> str:
+    """What the report calls the text: a file's name without its folder."""
+    return "text written by the source" if data == SELF else Path(data).name if Path(data).suffix else data

@@ -1,0 +1,256 @@
+"""Text in, rows of token ids out.
+
+In: a DATA argument: a `.txt` (documents separated by `<|endoftext|>`), `.jsonl` or `.parquet` file with a `text` field, a
+`datasets` id (`org/name[/config][:split]`), or `self`, text that the source model writes. Out: rows of equally many token ids.
+Never: pads, truncates a document to fit, runs code that lies beside a data set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvshare.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SELF = "self"
+SEPARATOR = "<|endoftext|>"
+SHUFFLE_DOCUMENTS = 10_000
+SAMPLE_ROWS = 64
+FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
+
+
+def check_data(data: str) -> None:
+    """Refuse a DATA argument that cannot be read, before anything is spent on it.
+
+    Raises:
+        UsageError: no such file, an unknown ending, or not of the form of a datasets id.
+    """
+    if data == SELF or (re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?", data) and not Path(data).suffix):
+        return
+    path = Path(data)
+    if path.suffix not in {".txt", ".jsonl", ".parquet"}:
+        raise UsageError(f"the data {data!r} is of no known form", f"kvshare reads {FORMS}", "name one of these")
+    if not path.is_file():
+        raise UsageError(f"there is no file {data}", f"DATA is {FORMS}", "check the path")
+
+
+def documents(data: str, seed: int | None = None) -> Iterator[str]:
+    """The documents of a data set in their order, or shuffled by `seed` within a window of 10,000 documents.
+
+    Args:
+        data: any DATA argument but `self`.
+
+    Raises:
+        UsageError: the data cannot be read or has no `text` field.
+    """
+    check_data(data)
+    try:
+        stream = _stream(data)
+        if seed is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_DOCUMENTS)
+        for record in stream:
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UsageError(
+                    f"a record of {data} has no text",
+                    "every record needs a field 'text' that holds a string",
+                    "rename the field, or give a .txt file",
+                )
+            if text.strip():
+                yield text
+    except UsageError:
+        raise
+    except Exception as error:  # the datasets library raises many kinds, all of them about the data
+        raise UsageError(
+            f"the data {data} cannot be read", (str(error).splitlines() or [type(error).__name__])[0], f"give {FORMS}"
+        ) from error
+
+
+def _stream(data: str) -> IterableDataset:
+    from datasets import IterableDataset, load_dataset
+
+    if data.endswith(".txt"):
+        return IterableDataset.from_generator(_text_documents, gen_kwargs={"path": data})
+    if data.endswith(".jsonl"):
+        return load_dataset("json", data_files=data, split="train", streaming=True)
+    if data.endswith(".parquet"):
+        return load_dataset("parquet", data_files=data, split="train", streaming=True)
+    identifier, _, split = data.partition(":")
+    organisation, name, *config = identifier.split("/")
+    return load_dataset(f"{organisation}/{name}", *config, split=split or "train", streaming=True)
+
+
+def _text_documents(path: str) -> Iterator[dict[str, str]]:
+    """Documents of a text file; the file is read in pieces, so its size does not matter."""
+    pending = ""
+    with open(path, encoding="utf-8") as stream:
+        while piece := stream.read(1 << 20):
+            *complete, pending = (pending + piece).split(SEPARATOR)
+            for document in complete:
+                yield {"text": document.strip()}
+    yield {"text": pending.strip()}
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
+    """Refuse a tokenizer that cannot mark where a document begins or ends.
+
+    Raises:
+        UsageError: no end-of-sequence token (for text), neither a beginning- nor an end-of-sequence token (for `self`).
+    """
+    if data == SELF and start_token(tokenizer) is None:
+        raise UsageError(
+            "the source model cannot write text by itself",
+            "its tokenizer has neither a bos nor an eos token to begin with",
+            "give text instead of 'self'",
+        )
+    if data != SELF and tokenizer.eos_token_id is None:
+        raise UsageError(
+            "documents cannot be separated", "the tokenizer has no eos token", "set eos_token in tokenizer_config.json"
+        )
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a document begins with: bos, or eos for models that are trained without bos."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+
+
+def token_rows(
+    data: str, tokenizer: PreTrainedTokenizerBase, tokens: int, length: int, seed: int | None = None, repeat: bool = False
+) -> Tensor:
+    """Pack documents, each closed by eos, into rows without padding.
+
+    Args:
+        data: any DATA argument but `self`.
+        tokens: how many are wanted; fewer come back when the data holds fewer and `repeat` is off.
+        length: tokens per row.
+        seed: shuffles the documents; None keeps their order.
+        repeat: start again, shuffled anew, when the data is used up.
+
+    Returns:
+        token ids (rows, length), int64.
+
+    Raises:
+        UsageError: the data does not fill one row.
+    """
+    check_tokenizer(tokenizer, data)
+    wanted = max(1, tokens // length) * length
+    ids: list[int] = []
+    epoch = 0
+    while len(ids) < wanted:
+        before = len(ids)
+        for text in documents(data, None if seed is None else seed + 7919 * epoch):
+            ids.extend(tokenizer(text, verbose=False)["input_ids"])
+            if ids[-1] != tokenizer.eos_token_id:
+                ids.append(tokenizer.eos_token_id)
+            if len(ids) >= wanted:
+                break
+        epoch += 1
+        if len(ids) == before or not repeat:
+            break
+    rows = min(len(ids), wanted) // length
+    if rows == 0:
+        raise UsageError(
+            f"the data {data} holds too little text",
+            f"{len(ids)} tokens do not fill one row of {length}",
+            "give more text or a shorter sequence_length",
+        )
+    return torch.tensor(ids[: rows * length], dtype=torch.int64).view(rows, length)
+
+
+@torch.no_grad()
+def self_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Rows that the model writes itself: sampled at temperature 1 from its start token, on through ends of documents.
+
+    Args:
+        model: the source model.
+        tokens, length: as for `token_rows`.
+        seed: decides every sample.
+        progress: called with rows done and rows in all.
+
+    Returns:
+        token ids (rows, length), int64, on the CPU.
+    """
+    from transformers import GenerationConfig
+
+    check_tokenizer(tokenizer, SELF)
+    start: Any = start_token(tokenizer)
+    count = max(1, tokens // length)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=None,
+        max_new_tokens=length - 1,
+        pad_token_id=start,
+        use_cache=True,
+    )
+    device = next(model.parameters()).device
+    rows: list[Tensor] = []
+    carried = model.generation_config
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model.generation_config = GenerationConfig()  # the model's own stops and penalties would bend the samples
+        try:
+            for done in range(0, count, SAMPLE_ROWS):
+                prompt = torch.full((min(SAMPLE_ROWS, count - done), 1), start, device=device)
+                mask = torch.ones_like(prompt)
+                rows.append(model.generate(prompt, attention_mask=mask, generation_config=settings).cpu())
+                if progress is not None:
+                    progress(min(done + SAMPLE_ROWS, count), count)
+        finally:
+            model.generation_config = carried
+    return torch.cat(rows)
+
+
+def load_rows(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None,
+    tokens: int,
+    length: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Rows from any DATA argument; `model`, the source, is needed for `self` alone. See `token_rows` and `self_rows`."""
+    if data == SELF:
+        if model is None:
+            raise ValueError("'self' needs the source model")
+        return self_rows(model, tokenizer, tokens, length, seed, progress)
+    return token_rows(data, tokenizer, tokens, length, seed if shuffle else None, repeat)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        UsageError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"the tokenizer in {path} cannot be loaded",
+            (str(error).splitlines() or ["unknown reason"])[0],
+            "put the model's tokenizer files into its folder",
+        ) from error

@@ -1,0 +1,55 @@
+"""Errors that a user can act on.
+
+In: what happened, why, and what to do about it. Out: an exception whose text is those three lines.
+Never: wraps a bug of our own; those stay ordinary tracebacks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KVShareError(Exception):
+    """A refusal or a failure with its reason and its remedy. `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(f"{what}\n  why: {why}\n  do:  {fix}")
+        self.what, self.why, self.fix = what, why, fix
+
+
+class UsageError(KVShareError):
+    """An argument, a recipe or a data set that cannot be used (exit code 2)."""
+
+
+class UnsupportedModelError(KVShareError):
+    """A model whose attention cannot be shared, or not by this version (exit code 3)."""
+
+    exit_code = 3
+
+
+class BadCheckpointError(KVShareError):
+    """Files that are missing, damaged or inconsistent (exit code 4)."""
+
+    exit_code = 4
+
+
+class NoSpaceError(KVShareError):
+    """The output does not fit on the disk (exit code 5)."""
+
+    exit_code = 5
+
+
+class QualityError(KVShareError):
+    """The result is worse than what was asked for (exit code 6)."""
+
+    exit_code = 6
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`did you mean ...?` for a misspelt name, or the known names when nothing is close."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(names)}"

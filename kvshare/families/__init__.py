@@ -1,0 +1,68 @@
+"""Where each family keeps its attention: one entry per `model_type`.
+
+In: a `model_type`. Out: a `Family`, which names the tensors of a decoder layer and says how its keys are made.
+Never: reads weights, knows a model by its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kvshare.errors import UnsupportedModelError, closest
+
+Part = Literal["q", "k", "v", "o"]
+PARTS: tuple[Part, ...] = ("q", "k", "v", "o")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` lays out the attention of a decoder layer.
+
+    `attention` is the prefix of the layer's attention tensors with `{layer}` for the index; `q`, `k`, `v` and `o`
+    are the names of the projections below it. `key_norm` is the name of a norm over the head_dim of each key head,
+    applied before rope, with its query counterpart `query_norm`; None where the family has none.
+    """
+
+    model_type: str
+    attention: str = "model.layers.{layer}.self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    query_norm: str | None = None
+    key_norm: str | None = None
+
+    def weight(self, layer: int, part: Part) -> str:
+        """The name of the weight of projection `part` in decoder layer `layer`."""
+        return f"{self.attention.format(layer=layer)}.{getattr(self, part)}.weight"
+
+    def bias(self, layer: int, part: Part) -> str:
+        """The name that the bias of projection `part` has where there is one."""
+        return f"{self.attention.format(layer=layer)}.{getattr(self, part)}.bias"
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),
+        Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        UnsupportedModelError: no such family; the message lists the families and names the closest one.
+    """
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported",
+            f"kvshare knows the attention of: {', '.join(sorted(FAMILIES))}",
+            f"{closest(model_type, FAMILIES)} (CONTRIBUTING.md shows how to add a family)",
+        )
+    return FAMILIES[model_type]

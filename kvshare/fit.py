@@ -1,0 +1,87 @@
+"""The learned initialisation: one layer at a time, train the shared attention to give the source's outputs.
+
+In: a decoder layer in shared weights, its attention inputs and wanted outputs. Out: `AttentionWeights` with k == v.
+Never: touches other layers, the MLP or norms outside attention; holds more than one layer. Formula: method.md, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from kvshare.calibrate import LayerCall
+from kvshare.merge import AttentionWeights
+from kvshare.recipe import Fit
+
+WARMUP = 0.05  # fraction of the steps
+
+
+def fit_layer(
+    attention: nn.Module,
+    weights: AttentionWeights,
+    inputs: Tensor,
+    wanted: Tensor,
+    call: LayerCall,
+    settings: Fit,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> AttentionWeights:
+    """Minimise E|y_source - y_shared|^2 / E|y_source|^2 over the projections and the norms of one attention layer.
+
+    Args:
+        attention: the layer's attention in the output's shape, float32; its own parameters are not changed.
+        weights: where training starts.
+        inputs: attention inputs (rows, length, hidden).
+        wanted: attention outputs of the source (rows, length, hidden).
+        call: how the layer is called.
+        settings: steps, tokens per step, learning rate.
+        seed: order of the rows.
+        progress: called with steps done and steps in all.
+    """
+    device = inputs.device
+    names = {
+        "q": "q_proj.weight",
+        "o": "o_proj.weight",
+        "q_bias": "q_proj.bias",
+        "k_bias": "k_proj.bias",
+        "v_bias": "v_proj.bias",
+        "query_norm": "q_norm.weight",
+        "key_norm": "k_norm.weight",
+    }
+    start = {field: value.float().to(device) for field, value in weights.tensors.items() if field != "v"}
+    # Rows of very different size share one learning rate: each matrix is trained relative to its own scale.
+    scales = {field: value.square().mean().sqrt().clamp_min(1e-8) for field, value in start.items()}
+    free = {field: (value / scales[field]).clone().requires_grad_(True) for field, value in start.items()}
+    optimizer = torch.optim.AdamW(free.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, int(WARMUP * settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, warmup, settings.steps))
+    per_step = max(1, settings.batch_tokens // inputs.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    energy = wanted.square().mean()
+    order = torch.empty(0, dtype=torch.int64)
+    arguments = {name: value for name, value in call.arguments.items() if name != "past_key_values"}
+    for step in range(settings.steps):
+        if len(order) < per_step:
+            order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+        rows, order = order[:per_step].to(device), order[per_step:]
+        current = {field: value * scales[field] for field, value in free.items()}
+        parameters = {names[field]: value for field, value in current.items() if field in names}
+        parameters |= {"k_proj.weight": current["k"], "v_proj.weight": current["k"]}
+        result = functional_call(attention, parameters, (), {"hidden_states": inputs[rows], **arguments})
+        loss = (result[0] - wanted[rows]).square().mean() / energy
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress(step + 1, settings.steps)
+    trained = {field: (value.detach() * scales[field]).double() for field, value in free.items()}
+    return weights.with_tensors(trained | {"v": trained["k"]})
+
+
+def _cosine(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup)))))

@@ -1,0 +1,351 @@
+"""Healing: a short LoRA distillation that brings a shared model back to its source.
+
+In: a kvshare checkpoint, its source as the teacher, text. Out: another checkpoint of the same form, LoRA merged, tie kept.
+Never: trains embeddings, trains k_proj and v_proj apart, leaves an adapter that must be loaded separately.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvshare import __version__
+from kvshare.checkpoint import (
+    MANIFEST,
+    OutputTensor,
+    WeightWriter,
+    check_output,
+    check_space,
+    fresh_folder,
+    publish,
+    read_block,
+    sha256,
+    verify,
+    workspace,
+    write_json,
+)
+from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.errors import KVShareError, UsageError
+from kvshare.loading import load, load_native
+from kvshare.progress import Progress, silent
+from kvshare.recipe import Heal, Recipe, load_recipe
+from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
+
+SHARED = "k_proj"  # the module that holds the shared projection, in every family
+LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
+BASE_RATE, BASE_HIDDEN = 2e-3, 128
+FINGERPRINT = "job.json"
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step."""
+
+    tokens: int
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, for report.json."""
+        return {"tokens": self.tokens, "steps": self.steps, "losses": [list(entry) for entry in self.losses]}
+
+
+def heal(
+    checkpoint: str | Path,
+    output: str | Path,
+    source: str | Path,
+    data: str,
+    *,
+    tokens: int | None = None,
+    recipe: str | Path | Recipe | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> HealResult:
+    """Distil a checkpoint further and write the result as a new checkpoint.
+
+    Args:
+        checkpoint: a folder that kvshare wrote.
+        output: a new folder.
+        source: the model that the checkpoint came from; the teacher.
+        data: text to train on, any DATA form.
+        tokens: how many; None as the recipe says.
+        recipe: whose `heal` section counts.
+        seed: order of data and initial LoRA weights.
+        resume: go on from the last saved state of the same command.
+        overwrite: replace an output that kvshare wrote.
+        progress: called on the way.
+
+    Raises:
+        UsageError: an output that exists, data or tokenizer that cannot be used, a state of another job.
+        BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
+    """
+    folder, target = Path(checkpoint), Path(output)
+    settings = load_recipe(recipe, heal__tokens=tokens, heal__data=data, seed=seed)
+    verify(folder)
+    check_output(target, folder, overwrite)
+    check_data(data)
+    teacher_source = open_source(source)
+    check_output(target, teacher_source.path, overwrite)
+    check_space(target, 2 * sum((folder / file).stat().st_size for file in weight_files(folder)))
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, data)
+    vocabulary = read_json(folder / "config.json").get("vocab_size")
+    if teacher_source.config.get("vocab_size") != vocabulary:
+        raise UsageError(
+            f"{teacher_source.name} cannot teach {folder}",
+            f"its vocabulary has {teacher_source.config.get('vocab_size')} tokens, the checkpoint's {vocabulary}",
+            "give the model that the checkpoint was converted from",
+        )
+    job = {
+        "checkpoint": sha256(folder / MANIFEST),
+        "source": teacher_source.fingerprint["file_bytes"],
+        "kvshare": __version__,
+        "seed": settings.seed,
+        **settings.heal.model_dump(mode="json"),
+    }
+    with workspace(target, keep_on_error=True) as work:
+        state = _state_folder(work, job, resume)
+        teacher = load_native(teacher_source.path, dtype=torch.float32)
+        rows = heal_rows(settings, tokenizer, teacher, progress)
+        staged = fresh_folder(work / "healed")
+        result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
+        carry_files(folder, staged)
+        report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
+        # figures measured on other weights would be a lie here
+        write_json(staged / "report.json", {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}})
+        publish(staged, target)
+    return result
+
+
+def _state_folder(work: Path, job: dict[str, Any], resume: bool) -> Path:
+    """The folder of training states; an earlier job's is gone, or the same job's when resuming.
+
+    Raises:
+        UsageError: there is nothing to resume, or it belongs to a job with other settings; the first field is named.
+    """
+    state = work / "training"
+    if not resume:
+        fresh_folder(state)
+    elif not (state / FINGERPRINT).is_file():
+        raise UsageError("there is nothing to resume", f"{work} holds no training state", "run the command without --resume")
+    else:
+        earlier = read_json(state / FINGERPRINT)
+        for field, value in job.items():
+            if earlier.get(field) != value:
+                raise UsageError(
+                    f"the saved training state is of another job: {field} differs",
+                    f"it was {earlier.get(field)!r} and is now {value!r}",
+                    "repeat the earlier settings, or run without --resume to start again",
+                )
+    write_json(state / FINGERPRINT, job)
+    return state
+
+
+def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:
+    """The rows that healing trains on, in the order of training."""
+
+    def written(done: int, total: int) -> None:
+        progress("writing text with the source model", done, total)
+
+    settings = recipe.heal
+    return load_rows(
+        settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed + 1, repeat=True, progress=written
+    )
+
+
+def heal_into(
+    staged: Path, checkpoint: Path, teacher: Any, rows: Tensor, recipe: Recipe, state: Path, resume: bool, progress: Progress
+) -> HealResult:
+    """Train and write weights and config into `staged`; every tensor that was not trained is copied byte for byte."""
+    student = load(checkpoint, dtype=torch.float32)
+    changed, result = train(student, teacher, rows, recipe.heal, recipe.seed, state, resume, progress)
+    specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
+    for name in [name for name in changed if f".{SHARED}.weight" in name]:
+        changed[name.replace(f".{SHARED}.", ".v_proj.")] = changed[name]
+    writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
+    for spec in specs.values():
+        if spec.name in changed:
+            writer.put(spec.name, changed[spec.name])
+        else:
+            writer.copy(spec, checkpoint)
+    writer.finish()
+    config = read_json(checkpoint / "config.json")
+    block = read_block(checkpoint)
+    config["kvshare"] = {
+        **block,
+        "healed_tokens": block.get("healed_tokens", 0) + result.tokens,
+        "heal": recipe.heal.model_dump(mode="json"),
+    }
+    write_json(staged / "config.json", config)
+    return result
+
+
+def carry_files(checkpoint: Path, staged: Path) -> None:
+    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card."""
+    weights = {*weight_files(checkpoint), INDEX, MANIFEST}
+    for file in sorted(checkpoint.iterdir()):
+        if file.is_file() and file.name not in weights and not (staged / file.name).exists():
+            shutil.copyfile(file, staged / file.name)
+
+
+def train(
+    student: Any, teacher: Any, rows: Tensor, settings: Heal, seed: int, state: Path, resume: bool, progress: Progress
+) -> tuple[dict[str, Tensor], HealResult]:
+    """Distil `teacher` into `student` with PEFT and the transformers Trainer; returns the changed tensors, LoRA merged.
+
+    Args:
+        student: a shared model in float32; its shared projections are trained in full.
+        teacher: the source model.
+        rows: token ids (rows, length); each is seen once.
+        settings: the recipe's `heal` section.
+        seed: LoRA weights and dropout.
+        state: folder of the Trainer's states.
+        resume: start from the newest state.
+    """
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    from transformers.trainer_utils import get_last_checkpoint
+
+    transformers.set_seed(seed)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        lora_dropout=0.0,
+        target_modules=list(_targets(student, settings)),
+        modules_to_save=[SHARED],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(student, config)
+    length = rows.shape[1]
+    batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
+    steps = math.ceil(len(rows) / batch)
+    rate = settings.learning_rate or BASE_RATE * math.sqrt(BASE_HIDDEN / int(student.config.hidden_size))
+    on_gpu = torch.cuda.is_available()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(state),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch // micro,
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(0.05, 20 / steps),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        save_strategy="steps",
+        report_to=[],
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+        bf16=on_gpu,
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=on_gpu,
+        train_sampling_strategy="sequential",
+    )
+    optimizer = _optimizer(adapted, rate, settings.shared_rate)
+    trainer = _distiller(adapted, teacher, arguments, optimizer, rows, settings.temperature, progress)
+    newest = get_last_checkpoint(str(state)) if resume else None
+    trainer.train(resume_from_checkpoint=newest)
+    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    if not all(math.isfinite(loss) for _, loss in losses):
+        raise KVShareError("healing diverged", "the loss became NaN or infinite", "lower heal.learning_rate in the recipe")
+    trained = {name.removeprefix("base_model.model.") for name, value in adapted.named_parameters() if value.requires_grad}
+    modules = {name.split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
+    merged: nn.Module = adapted.merge_and_unload()
+    changed = {
+        name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
+    }
+    return changed, HealResult(rows.numel(), steps, losses)
+
+
+def _optimizer(adapted: nn.Module, rate: float, shared_rate: float) -> torch.optim.Optimizer:
+    """AdamW with a lower rate for the shared projections: values read small parts of them, amplified many times."""
+    trainable = [(name, value) for name, value in adapted.named_parameters() if value.requires_grad]
+    shared = [value for name, value in trainable if f".{SHARED}." in name]
+    others = [value for name, value in trainable if f".{SHARED}." not in name]
+    groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _targets(student: nn.Module, settings: Heal) -> tuple[str, ...]:
+    present = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
+    targets = tuple(name for name in settings.lora_targets if name in present and name != SHARED)
+    if not targets:
+        raise UsageError(
+            "the recipe's lora_targets are not in the model",
+            f"its linear layers are: {', '.join(sorted(present))}",
+            "name some of these under heal.lora_targets",
+        )
+    return targets
+
+
+def batch_rows(settings: Heal, length: int, vocabulary: int, rows: int) -> tuple[int, int]:
+    """Rows per optimizer step and rows per forward: as many as keep the logits within a GiB, in equal parts."""
+    batch = max(1, min(rows, settings.batch_tokens // length))
+    fits = max(1, LOGIT_BYTES // (length * vocabulary * 4 * 4))
+    return batch, next(micro for micro in range(min(batch, fits), 0, -1) if batch % micro == 0)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Mean KL(teacher || student) per token in nats, times temperature squared; logits (rows, length, vocabulary)."""
+    wanted = torch.log_softmax(teacher.float() / temperature, dim=-1)
+    given = torch.log_softmax(student.float() / temperature, dim=-1)
+    divergence = nn.functional.kl_div(given, wanted, log_target=True, reduction="sum")
+    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
+
+
+def _distiller(
+    adapted: Any,
+    teacher: Any,
+    arguments: Any,
+    optimizer: torch.optim.Optimizer,
+    rows: Tensor,
+    temperature: float,
+    progress: Progress,
+) -> Any:
+    """A transformers Trainer whose loss is the distance to the teacher, and which reports to `progress`."""
+    from transformers import Trainer, TrainerCallback
+
+    class Distiller(Trainer):
+        loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
+
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            ids = inputs["input_ids"]
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, use_cache=False).logits
+            output = model(input_ids=ids, use_cache=False)
+            loss = distillation_loss(output.logits, wanted, temperature)
+            return (loss, output) if return_outputs else loss
+
+    class Reporter(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            progress("healing", state.global_step, state.max_steps)
+
+    class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"input_ids": rows[index]}
+
+    trainer = Distiller(model=adapted, args=arguments, train_dataset=Rows(), callbacks=[Reporter()], optimizers=(optimizer, None))
+    trainer.remove_callback(_printer())
+    teacher.to(trainer.args.device)
+    return trainer
+
+
+def _printer() -> type:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback

@@ -1,0 +1,216 @@
+"""One decoder layer: its source weights and what it sees in, its shared weights out.
+
+In: a loaded source model, calibration rows. Out: the shared `AttentionWeights` layer by layer, and a `LayerReport` of each.
+Never: writes files, keeps more than one layer's activations beside the two streams of hidden states.
+
+Two streams of hidden states pass through the layers: the source's, which says what each layer should give, and the
+converted model's, which is what each layer will see (method.md, section 2, output refit).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.calibrate import LayerCall, MomentSums, OutputSums, batches, enters, first_inputs, run_layer
+from kvshare.families import Family
+from kvshare.fit import fit_layer
+from kvshare.merge import AttentionWeights, Moments
+from kvshare.merge.refit import refit_output
+from kvshare.merge.regroup import Grouping, MergeReport, merge_svd
+from kvshare.progress import Progress
+from kvshare.recipe import Merge, Recipe
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one layer was merged: `lost`, the fraction of weighted energy dropped (the prediction); `error`, the
+    measured E|y - y_shared|^2 / E|y|^2 of its attention output; the balance and grouping that were chosen.
+    """
+
+    layer: int
+    lost: float
+    error: float
+    balance: float
+    condition: float
+    grouping: Grouping
+
+
+@dataclass(frozen=True)
+class _View:
+    """What one layer is merged on: the converted stream that enters it and the outputs that the source gives there."""
+
+    layer: nn.Module
+    family: Family
+    call: LayerCall
+    hidden: Tensor  # (rows, length, hidden)
+    wanted: Tensor  # (rows, length, hidden)
+    device: torch.device
+
+
+def attention_of(layer: nn.Module, family: Family) -> nn.Module:
+    """The attention module of a decoder layer."""
+    return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
+
+
+def read_weights(attention: nn.Module, family: Family, head_dim: int) -> AttentionWeights:
+    """The projections of an attention module as `AttentionWeights`, in the module's dtype."""
+
+    def tensor(module: str | None, kind: str) -> Tensor | None:
+        part = getattr(attention, module, None) if module else None
+        value = getattr(part, kind, None)
+        return None if value is None else value.detach()
+
+    weights: dict[str, Any] = {part: getattr(attention, getattr(family, part)).weight.detach() for part in "qkvo"}
+    biases: dict[str, Any] = {f"{part}_bias": tensor(getattr(family, part), "bias") for part in "qkv"}
+    norms: dict[str, Any] = {"query_norm": tensor(family.query_norm, "weight"), "key_norm": tensor(family.key_norm, "weight")}
+    return AttentionWeights(head_dim=head_dim, **weights, **biases, **norms)
+
+
+def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) -> nn.Module:
+    """A float32 copy of a decoder layer with other attention weights, in its native form."""
+    changed = copy.deepcopy(layer)
+    attention: Any = attention_of(changed, family)
+    device = next(layer.parameters()).device
+    for part in ("q", "k", "v", "o"):
+        old = getattr(attention, getattr(family, part))
+        value = getattr(weights, part)
+        new = nn.Linear(value.shape[1], value.shape[0], bias=old.bias is not None, device=device, dtype=torch.float32)
+        with torch.no_grad():
+            new.weight.copy_(value)
+            if old.bias is not None:
+                bias = getattr(weights, f"{part}_bias", None)
+                new.bias.copy_(old.bias if bias is None else bias)
+        setattr(attention, getattr(family, part), new)
+    for field, module in (("query_norm", family.query_norm), ("key_norm", family.key_norm)):
+        if module is not None and getattr(weights, field) is not None:
+            with torch.no_grad():
+                getattr(attention, module).weight.copy_(getattr(weights, field))
+    attention.num_key_value_groups = weights.query_heads // weights.kv_heads
+    return changed
+
+
+def merge_layers(
+    model: Any, family: Family, head_dim: int, kv_heads: int, recipe: Recipe, rows: Tensor, device: torch.device, progress: Progress
+) -> Iterator[tuple[AttentionWeights, LayerReport]]:
+    """Merge all layers in order, each behind the converted layers before it.
+
+    Args:
+        model: the source model, native, any dtype.
+        family, head_dim: where the attention is and how wide its heads are.
+        kv_heads: KV heads of the output.
+        recipe: its init is `svd` or `learned`.
+        rows: calibration tokens (rows, length).
+        device: where one layer at a time is computed, in float32.
+
+    Yields:
+        the weights of each layer, rounded to the source's dtype, and the report of the merge.
+    """
+    layers = model.get_decoder().layers
+    source_hidden, calls = first_inputs(model, layers, rows, device)
+    hidden = source_hidden.clone()
+    for index, (original, call) in enumerate(zip(layers, calls, strict=True)):
+        progress("merging layers", index, len(layers))
+        dtype = next(original.parameters()).dtype
+        layer = copy.deepcopy(original).to(device, torch.float32).eval()
+        wanted, source_next = _source_pass(layer, family, source_hidden, call, device)
+        stream = hidden if recipe.merge.sequential else source_hidden
+        if recipe.merge.sequential:
+            wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
+        view = _View(layer, family, call, stream, wanted, device)
+        weights, report = _merge_layer(view, head_dim, kv_heads, recipe, index, progress)
+        weights = weights.to(dtype)
+        merged = with_weights(layer, family, weights)
+        hidden = torch.cat([run_layer(merged, batch.to(device), call).cpu() for batch in batches(hidden)])
+        source_hidden = source_next
+        yield weights, report
+    progress("merging layers", len(layers), len(layers))
+
+
+def _source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
+        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
+
+    handle = attention_of(layer, family).register_forward_hook(keep)
+    try:
+        behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
+    finally:
+        handle.remove()
+    return torch.cat(outputs), torch.cat(behind)
+
+
+def _merge_layer(
+    view: _View, head_dim: int, kv_heads: int, recipe: Recipe, index: int, progress: Progress
+) -> tuple[AttentionWeights, LayerReport]:
+    attention = attention_of(view.layer, view.family)
+    weights = read_weights(attention, view.family, head_dim)
+    sums = MomentSums(weights)
+    for batch in batches(view.hidden):
+        sums.add(enters(view.layer, attention, batch.to(view.device), view.call).flatten(0, 1))
+    merged, report, balance = _closed_form(view, weights, sums.moments(), kv_heads, recipe.merge)
+    merged, error = _refitted(view, merged, recipe.merge)
+    if recipe.init == "learned":
+        merged, error = _refitted(view, _learn(view, merged, recipe, index, progress), recipe.merge)
+    return merged, LayerReport(index, report.lost, error, balance, report.condition, report.grouping)
+
+
+def _closed_form(
+    view: _View, weights: AttentionWeights, moments: Moments, kv_heads: int, settings: Merge
+) -> tuple[AttentionWeights, MergeReport, float]:
+    """The closed form at the balance of least output error on part of the calibration text."""
+    share = max(1, len(view.hidden) // 4)
+    best: tuple[float, AttentionWeights, MergeReport, float] | None = None
+    grouping: Grouping | None = None
+    for balance in sorted(settings.balance, key=lambda value: abs(value - 1)):
+        merged, report = merge_svd(weights, moments, kv_heads, balance, grouping)
+        grouping = report.grouping
+        if len(settings.balance) == 1:
+            return merged, report, balance
+        outputs = _output_sums(view, merged, view.hidden[:share], view.wanted[:share])
+        error = outputs.error(_refit(merged, outputs) if settings.refit else merged.o)
+        if best is None or error < best[0]:
+            best = (error, merged, report, balance)
+    assert best is not None
+    return best[1:]
+
+
+def _refitted(view: _View, weights: AttentionWeights, settings: Merge) -> tuple[AttentionWeights, float]:
+    """The weights with a refitted output projection, if the recipe asks for it, and their output error."""
+    outputs = _output_sums(view, weights, view.hidden, view.wanted)
+    if settings.refit:
+        weights = replace(weights, o=_refit(weights, outputs))
+    return weights, outputs.error(weights.o)
+
+
+def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, wanted: Tensor) -> OutputSums:
+    layer = with_weights(view.layer, view.family, weights)
+    output = getattr(attention_of(layer, view.family), view.family.o)
+    sums = OutputSums()
+    for batch, target in zip(batches(hidden), batches(wanted), strict=True):
+        sums.add(enters(layer, output, batch.to(view.device), view.call), target.to(view.device))
+    return sums
+
+
+def _refit(weights: AttentionWeights, outputs: OutputSums) -> Tensor:
+    assert outputs.heads is not None
+    assert outputs.cross is not None
+    return refit_output(weights.o, outputs.heads, outputs.cross)
+
+
+def _learn(view: _View, merged: AttentionWeights, recipe: Recipe, index: int, progress: Progress) -> AttentionWeights:
+    layer = with_weights(view.layer, view.family, merged)
+    attention = attention_of(layer, view.family)
+    inputs = torch.cat([enters(layer, attention, batch.to(view.device), view.call) for batch in batches(view.hidden)])
+
+    def step(done: int, total: int) -> None:
+        progress(f"fitting layer {index}", done, total)
+
+    return fit_layer(attention, merged, inputs, view.wanted.to(view.device), view.call, recipe.fit, recipe.seed + index, step)

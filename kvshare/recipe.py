@@ -1,0 +1,213 @@
+"""The settings of a conversion: every default lives here, once.
+
+In: YAML (one of the shipped recipes or a file) and the arguments that a caller gave. Out: a frozen, validated `Recipe`.
+Never: ignores a key it does not know, reads a model.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from kvshare.errors import UsageError, closest
+
+DEFAULT_RECIPE = "half"
+
+
+def _kv_heads(value: int | str) -> int | str:
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError("kv_heads must be at least 1")
+        return value
+    if value == "all":
+        return value
+    numerator, slash, denominator = value.partition("/")
+    if numerator == "1" and slash and denominator.isdigit() and int(denominator) > 0:
+        return value
+    if value.isdigit() and int(value) > 0:
+        return int(value)
+    raise ValueError("kv_heads is a number of heads, a fraction of the source's such as 1/4, or 'all'")
+
+
+KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Calibration(_Settings):
+    """The text on which the second moments of activations are taken."""
+
+    data: str = "self"
+    tokens: Positive = 65_536
+    sequence_length: Positive = 512
+
+
+class Merge(_Settings):
+    """What the closed form does beyond its formula (method.md, section 2)."""
+
+    balance: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
+    """Weights of the value error against the key error to try per layer; the one with the least output error is kept."""
+    refit: bool = True
+    """Refit the output projection of every layer by ridge regression."""
+    sequential: bool = True
+    """Take each layer's statistics behind the converted layers before it, so that later layers correct earlier ones."""
+
+
+class Fit(_Settings):
+    """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
+
+    steps: Positive = 200
+    batch_tokens: Positive = 8_192
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    """Relative to the root mean square of each matrix."""
+
+
+class Heal(_Settings):
+    """The distillation that follows the merge (method.md, section 4)."""
+
+    enabled: bool = True
+    data: str = "self"
+    tokens: Positive = 655_360
+    sequence_length: Positive = 512
+    batch_tokens: Positive = 8_192
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """None: 2e-3 for a hidden_size of 128, falling with its square root."""
+    shared_rate: Annotated[float, Field(gt=0)] = 0.05
+    """Learning rate of the shared projections, as a fraction of the others'."""
+    lora_rank: Positive = 16
+    lora_targets: tuple[str, ...] = Field(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1)
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    save_steps: Positive = 50
+
+
+class Evaluation(_Settings):
+    """The held-out text of the final measurement."""
+
+    data: str = "self"
+    tokens: Positive = 65_536
+    sequence_length: Positive = 512
+
+
+class Recipe(_Settings):
+    """All settings of one conversion."""
+
+    init: Literal["mean", "svd", "learned"] = "svd"
+    kv_heads: KVHeads = "all"
+    """KV heads of the output: a number, a fraction of the source's (`1/4`) or `all` (as many as the source has)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    calibration: Calibration = Calibration()
+    merge: Merge = Merge.model_validate({})
+    fit: Fit = Fit()
+    heal: Heal = Heal.model_validate({})
+    evaluation: Evaluation = Evaluation()
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with kvshare."""
+    files = resources.files("kvshare.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a shipped recipe, comments included.
+
+    Raises:
+        UsageError: no recipe has this name.
+    """
+    if name not in recipe_names():
+        raise UsageError(
+            f"no recipe is called {name!r}",
+            f"kvshare ships: {', '.join(recipe_names())}",
+            f"{closest(name, recipe_names())}, or give the path of a .yaml file",
+        )
+    return (resources.files("kvshare.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> Recipe:
+    """A validated recipe, with the values that the caller gave laid over it.
+
+    Args:
+        recipe: a shipped recipe's name, the path of a YAML file, a `Recipe`, or None for the default recipe.
+        overrides: values by field; a nested field joins its section by two underscores (`heal__tokens=1000`).
+            None means "as the recipe says".
+
+    Raises:
+        UsageError: unreadable YAML, an unknown key (with the closest known one) or a value out of range.
+    """
+    if isinstance(recipe, Recipe):
+        origin, values = "the recipe", recipe.model_dump()
+    else:
+        origin, values = _read(recipe or DEFAULT_RECIPE)
+    for field, value in overrides.items():
+        if value is None:
+            continue
+        section, _, key = field.rpartition("__")
+        target = values if not section else values.setdefault(section, {})
+        if isinstance(target, dict):
+            target[key] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, origin) from None
+
+
+def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"the recipe {path} cannot be read", str(error), "give a YAML file or a shipped recipe's name"
+            ) from None
+    else:
+        text = recipe_text(str(recipe))
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {recipe} is not YAML", str(error).replace("\n", " "), "correct that line") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(
+            f"the recipe {recipe} is not a mapping",
+            f"its top level is a {type(values).__name__}",
+            "write one 'key: value' per line; `kvshare recipes show half` is an example",
+        )
+    return f"the recipe {recipe}", values
+
+
+def _explain(error: ValidationError, origin: str) -> UsageError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_of(first["loc"][:-1])
+        return UsageError(
+            f"{origin} has an unknown key {where!r}",
+            "a key that nothing reads would be ignored in silence",
+            closest(str(first["loc"][-1]), known),
+        )
+    return UsageError(
+        f"{origin} has a value that cannot be used: {where} = {first['input']!r}",
+        first["msg"],
+        "correct it, or leave it out to keep the default",
+    )
+
+
+def _fields_of(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        if get_origin(annotation) is Union:
+            annotation = get_args(annotation)[0]
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)

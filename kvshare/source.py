@@ -1,0 +1,296 @@
+"""A source model as its headers describe it.
+
+In: a Hub id (with `@revision`), a local folder or `kvshare/tiny`. Out: a `Source`: config, commit, one `TensorSpec` per tensor.
+Never: reads weights, unpickles, runs code that lies beside a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+
+TINY = "kvshare/tiny"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors format itself sets
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor as a safetensors header describes it; `start` and `end` are byte offsets in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """The size of the tensor's data in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before a weight is read.
+
+    `name` is what the user wrote without the revision; `commit` the Hub commit or None for a local folder; `tensors`
+    are keyed by name; `file_bytes` are the sizes of the weight files.
+    """
+
+    name: str
+    path: Path
+    commit: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+    file_bytes: dict[str, int]
+    tokenizer_files: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """The `model_type` of config.json."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the source in a converted checkpoint and when work is resumed."""
+        return {"name": self.name, "commit": self.commit, "file_bytes": self.file_bytes}
+
+
+def open_source(model: str | Path) -> Source:
+    """Read config.json and every safetensors header of a model.
+
+    Args:
+        model: a local folder, a Hub id `org/name` or `org/name@revision`, or `kvshare/tiny`.
+
+    Raises:
+        UsageError: no such folder, or the Hub does not give the model.
+        BadCheckpointError: a missing shard, a damaged header, an index that does not fit its files.
+        UnsupportedModelError: the weights are not safetensors.
+    """
+    name, path, commit = _locate(str(model))
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise BadCheckpointError(
+            f"{path / 'config.json'} is not a JSON object", "it holds another kind of value", "download the model again"
+        )
+    files = weight_files(path)
+    tensors = read_tensor_specs(path, files)
+    present = tuple(file for file in TOKENIZER_FILES if (path / file).is_file())
+    sizes = {file: (path / file).stat().st_size for file in files}
+    return Source(name, path, commit, config, tensors, sizes, present)
+
+
+def _locate(model: str) -> tuple[str, Path, str | None]:
+    """The name, the local folder and the commit of a model; downloads from the Hub what is not in its cache."""
+    if model == TINY:
+        return TINY, Path(str(resources.files("kvshare") / "tiny")), None
+    if Path(model).is_dir():
+        return model, Path(model), None
+    repository, _, revision = model.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
+        raise UsageError(
+            f"no model {model!r}",
+            "it is neither a folder nor a Hub id of the form org/name",
+            "check the path, or write org/name or org/name@revision",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja", "LICENSE*", "NOTICE*"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UsageError(
+            f"the Hub does not give {model!r}",
+            str(error).splitlines()[0],
+            "check the id, the revision, your network and `hf auth login`; or pass a local folder",
+        ) from None
+    return repository, folder, folder.name
+
+
+def weight_files(path: Path) -> tuple[str, ...]:
+    """The safetensors files of a model folder, as its index names them; a file beside the index is never read.
+
+    Raises:
+        BadCheckpointError: the index names a file that is missing or lies outside the folder.
+        UnsupportedModelError: there are no safetensors.
+    """
+    if (path / INDEX).is_file():
+        named = sorted({_inside(file, path) for file in read_index(path).values()})
+        for file in named:
+            if not (path / file).is_file():
+                raise BadCheckpointError(f"the shard {file} is missing in {path}", f"{INDEX} names it", "download the model again")
+        return tuple(named)
+    if (path / SINGLE).is_file():
+        return (SINGLE,)
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    if pickled:
+        raise UnsupportedModelError(
+            f"{path} holds no safetensors, only {pickled[0]}",
+            "pickled weights can run code when they are read, so kvshare does not read them",
+            "load it once with transformers and call save_pretrained, which writes safetensors",
+        )
+    raise BadCheckpointError(
+        f"{path} holds no weights", f"there is neither {SINGLE} nor {INDEX}", "give the folder of a complete model"
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The tensor-to-file map of a sharded model."""
+    index = read_json(path / INDEX)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+        raise BadCheckpointError(
+            f"{path / INDEX} has no usable weight_map", "it must map tensor names to file names", "download the model again"
+        )
+    return weights
+
+
+def _inside(file: str, path: Path) -> str:
+    if Path(file).name != file or file in {"", ".", ".."}:
+        raise BadCheckpointError(
+            f"{path / INDEX} names the file {file!r}",
+            "a shard must lie in the model's own folder",
+            "do not use this model; download it from a source you trust",
+        )
+    return file
+
+
+def read_tensor_specs(path: Path, files: tuple[str, ...]) -> dict[str, TensorSpec]:
+    """The headers of all files, merged and held against the index.
+
+    Raises:
+        BadCheckpointError: a damaged header, a tensor in two files, or an index that disagrees with the files.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    for file in files:
+        for spec in read_header(path / file):
+            if spec.name in tensors:
+                raise BadCheckpointError(
+                    f"the tensor {spec.name} is in two files",
+                    f"both {tensors[spec.name].file} and {file} hold it",
+                    "download the model again",
+                )
+            tensors[spec.name] = spec
+    if (path / INDEX).is_file():
+        for name, file in read_index(path).items():
+            if name not in tensors or tensors[name].file != file:
+                raise BadCheckpointError(
+                    f"the tensor {name} is not in {file}", f"{INDEX} says that it is there", "download the model again"
+                )
+    return tensors
+
+
+def read_header(file: Path) -> list[TensorSpec]:
+    """The tensors of one safetensors file in the order of their data; every offset is checked against the file's size.
+
+    Raises:
+        BadCheckpointError: the header is damaged, or the data it describes does not fill the file exactly.
+    """
+
+    def bad(why: str) -> BadCheckpointError:
+        return BadCheckpointError(f"the file {file} is damaged", why, "download that file again")
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise bad(f"its header length of {length} bytes does not fit its {size} bytes")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise bad("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise bad("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    specs = [_spec(name, entry, file, 8 + length, bad) for name, entry in header.items()]
+    specs.sort(key=lambda spec: (spec.start, spec.end))
+    position = 8 + length
+    for spec in specs:
+        if spec.start != position:
+            raise bad(f"the data of {spec.name} starts at byte {spec.start}, where {position} was expected")
+        position = spec.end
+    if position != size:
+        raise bad(f"it has {size} bytes, and its header describes {position}")
+    return specs
+
+
+def _spec(name: str, entry: Any, file: Path, base: int, bad: Any) -> TensorSpec:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        count = 1
+        for extent in shape:
+            if type(extent) is not int or extent < 0:
+                raise ValueError("a shape must hold whole numbers")
+            count *= extent
+        if type(start) is not int or type(end) is not int or start < 0:
+            raise ValueError("offsets must be whole numbers")
+        expected = count * ITEM_BYTES[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise bad(f"the entry of {name} cannot be read ({error})") from None
+    if end - start != expected:
+        raise bad(f"{name} takes {end - start} bytes, and its shape {list(shape)} of {dtype} needs {expected}")
+    return TensorSpec(name, dtype, shape, file.name, base + start, base + end)
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        BadCheckpointError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadCheckpointError(f"{file} is missing", "a model folder needs it", "give the folder of a complete model") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpointError(f"{file} cannot be read", str(error), "download that file again") from None

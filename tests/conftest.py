@@ -1,0 +1,137 @@
+"""What the tests share: small models of every family, converted once per session. Offline, on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import kvshare
+from kvshare.source import TINY, open_source
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+transformers.utils.logging.disable_progress_bar()
+
+TINY_FOLDER = open_source(TINY).path
+TEXT = [
+    "The captain looked at the sea for a long time before he spoke to the men who stood around him on the deck.",
+    "It was a cold morning in the village, and the old woman had already lit the fire when her son came down the stairs.",
+    "She wrote a letter to her sister, in which she told her of the house, the garden and the people whom she had met.",
+    "There is nothing so pleasant as a walk along the river when the sun is low and the birds are singing in the trees.",
+]
+
+
+def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
+    """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality."""
+    torch.manual_seed(7)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "vocab_size": 4096,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+    } | fields
+    config = transformers.AutoConfig.for_model(model_type, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value.normal_(0, 0.5)
+            elif value.dim() == 1:
+                value.uniform_(0.5, 1.5)
+            else:
+                value.normal_(0, value.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_FOLDER / name, folder / name)
+    return folder
+
+
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-mha": ("llama", {"num_key_value_heads": 8}),
+    "llama-gqa": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A text file of 60 documents."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("<|endoftext|>".join(" ".join(TEXT[(i + j) % 4] for j in range(8)) for i in range(60)), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A source model by its key in SOURCES, made once; `tiny` is the bundled, really trained one."""
+    made: dict[str, Path] = {"tiny": TINY_FOLDER}
+
+    def get(key: str) -> Path:
+        if key not in made:
+            model_type, fields = SOURCES[key]
+            made[key] = random_model(tmp_path_factory.mktemp(key), model_type, **fields)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def converted_folder(
+    tmp_path_factory: pytest.TempPathFactory, source_folder: Callable[[str], Path], text_file: str
+) -> Callable[..., Path]:
+    """A converted checkpoint of a source, made once per settings: svd, a little text, no healing."""
+    made: dict[tuple[str, int | str, str], Path] = {}
+
+    def get(key: str, kv_heads: int | str = "all", init: str = "svd") -> Path:
+        settings = (key, kv_heads, init)
+        if settings not in made:
+            output = tmp_path_factory.mktemp("converted") / f"{key}-{kv_heads}-{init}".replace("/", "of")
+            kvshare.convert(
+                source_folder(key),
+                output,
+                init=init,
+                kv_heads=kv_heads,
+                calibration=text_file,
+                calibration_tokens=4096,
+                heal=False,
+                eval_data=text_file,
+                eval_tokens=2048,
+            )
+            made[settings] = output
+        return made[settings]
+
+    return get
+
+
+@pytest.fixture
+def checkpoint(converted_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A converted checkpoint that a test may damage."""
+    return Path(shutil.copytree(converted_folder("tiny"), tmp_path / "checkpoint"))
+
+
+def edit_json(file: Path, change: Callable[[Any], None]) -> None:
+    """Change a JSON file in place."""
+    value = json.loads(file.read_text(encoding="utf-8"))
+    change(value)
+    file.write_text(json.dumps(value), encoding="utf-8")
