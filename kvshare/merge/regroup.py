@@ -113,7 +113,7 @@ def choose_grouping(heads: int, groups: int, pair_loss: Callable[[int, int], flo
     losses = {(i, j): pair_loss(i, j) for i, j in combinations(range(heads), 2)}
 
     def cost(group: tuple[int, ...]) -> float:
-        return sum(losses[pair] for pair in combinations(group, 2))
+        return sum(losses[pair] for pair in combinations(sorted(group), 2))
 
     if heads > EXHAUSTIVE_HEADS:
         return _greedy(heads, size, cost)

@@ -91,7 +91,7 @@ def solve_group(problem: GroupProblem, iterations: int = ITERATIONS) -> GroupSol
     best = _readers(problem, projection, gauge)
     for _ in range(iterations):
         projection = _project(problem, best)
-        current = _readers(problem, projection, _gauge(problem, projection, best))
+        current = _readers(problem, projection, _gauge(problem, projection, best), best)
         if not current.loss < best.loss:
             break
         converged = best.loss - current.loss <= TOLERANCE * best.loss
@@ -176,11 +176,13 @@ def _project(problem: GroupProblem, solution: GroupSolution) -> Tensor:
     return torch.linalg.solve(_ridged(normal), right).view(width, 2, heads, width)
 
 
-def _readers(problem: GroupProblem, projection: Tensor, gauge: Tensor) -> GroupSolution:
-    """The best A and constants for given P and z, and the loss that remains."""
+def _readers(problem: GroupProblem, projection: Tensor, gauge: Tensor, previous: GroupSolution | None = None) -> GroupSolution:
+    """The best A for given P, z and the previous constant of the values, the best constants for it, and the loss that remains."""
     cross, second = _cross(problem, projection)
-    solved = _ridged(second)
-    readers = torch.linalg.solve(solved, cross[1].transpose(1, 2)).transpose(1, 2)  # A = E[v s^T] E[s s^T]^-1
+    constant = torch.zeros_like(projection[:, 0, 0, 0]) if previous is None else previous.value_constant
+    values = cross[1] + torch.einsum("gi,d->gid", problem.value_mean, constant)
+    solved = _ridged(second + torch.outer(constant, constant))
+    readers = torch.linalg.solve(solved, values.transpose(1, 2)).transpose(1, 2)  # A = E[v s^T] E[s s^T]^-1
     matrices = gauge_matrix(gauge)
 
     key_scale = gauge.abs().square() * problem.key_weight[:, : gauge.shape[1]]
