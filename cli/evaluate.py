@@ -14,13 +14,14 @@ def run(
     against: Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")],
     data: Annotated[str, typer.Option(help=f"Held-out text. {options.DATA}.")],
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    seed: options.Seed = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, KL, agreement and cache bytes against the source."""
     from kvshare import evaluate
 
     with shown_progress() as progress:
-        report = evaluate(checkpoint, against, data, tokens=tokens, progress=progress)
+        report = evaluate(checkpoint, against, data, tokens=tokens, seed=seed, progress=progress)
     if as_json:
         print_json(report.to_dict())
         return

@@ -63,7 +63,7 @@ def evaluate(
     data: str,
     *,
     tokens: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress = silent,
 ) -> Report:
     """Measure a checkpoint against its source on the first `tokens` tokens of held-out text.
@@ -73,14 +73,14 @@ def evaluate(
         against: its source.
         data: text that neither calibration nor healing saw; `self` has the source write some.
         tokens: how many; None for the default.
-        seed: for `self`.
+        seed: for `self`; None for the default.
         progress: called on the way.
 
     Raises:
         UsageError: data that cannot be read, or two models of different vocabularies.
         BadCheckpointError: not a kvshare checkpoint.
     """
-    settings = load_recipe(None, evaluation__tokens=tokens, evaluation__data=data).evaluation
+    recipe = load_recipe(None, evaluation__tokens=tokens, evaluation__data=data, seed=seed)
     folder = Path(checkpoint)
     read_block(folder)
     check_data(data)
@@ -95,7 +95,7 @@ def evaluate(
             "their vocabularies differ",
             "give the model that the checkpoint was converted from",
         )
-    rows = evaluation_rows(settings, tokenizer, teacher, seed, progress)
+    rows = evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
     return compare(model, teacher, rows, data, stored_bytes(folder), progress)
 
 
