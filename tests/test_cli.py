@@ -1,0 +1,297 @@
+"""The command line does what the library does: the same names, JSON alone where JSON is asked for, refusals in three lines."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from conftest import edit_json
+from kvshare.cli import app, main
+from transformers import AutoModelForCausalLM
+
+import kvshare
+from kvshare.recipe import load_recipe, recipe_names, recipe_text
+from kvshare.source import INDEX
+
+SCRIPT = Path(sys.executable).with_name("kvshare")
+VERBS = {"plan": "plan", "convert": "convert", "heal": "heal", "eval": "evaluate", "verify": "verify"}
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
+FIGURES = {
+    "perplexity",
+    "source_perplexity",
+    "perplexity_increase",
+    "kl",
+    "token_agreement",
+    "cache_bytes_per_token",
+    "source_cache_bytes_per_token",
+    "cache_reduction",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The entry point of the `kvshare` script, with these arguments."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kvshare", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A checkpoint that the installed script wrote, and what it printed."""
+    output = tmp_path_factory.mktemp("cli") / "converted"
+    text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
+    arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", output, "--no-heal", *text, "--json"]
+    return output, subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+
+def imported(*arguments: str) -> set[str]:
+    """The top-level packages that the installed script imports."""
+    environment = os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, check=True, env=environment)
+    return {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("plan", "kvshare/tiny"), ("recipes", "list")], ids=" ".join)
+def test_what_needs_no_weights_imports_no_torch(arguments: tuple[str, ...]) -> None:
+    packages = imported(*arguments)
+    assert {"kvshare", "typer"} <= packages
+    assert not packages & HEAVY
+
+
+def test_help_names_every_verb(run: Callable[..., Outcome]) -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert all(verb in result.out for verb in (*VERBS, "recipes"))
+    assert run("--version").out.strip() == kvshare.__version__
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_are_named_as_in_the_library(verb: str) -> None:
+    group: Any = typer.main.get_command(app)
+    command = group.commands[verb]
+    options = {parameter.name: parameter for parameter in command.params}
+    if options.pop("as_json", None) is not None:
+        assert "--json" in next(p.opts for p in command.params if p.name == "as_json")
+    parameters = dict(inspect.signature(getattr(kvshare, VERBS[verb])).parameters)
+    parameters.pop("progress", None)
+    assert options.keys() == parameters.keys()
+    for name, option in options.items():
+        if option.param_type_name == "option":
+            assert f"--{name.replace('_', '-')}" in option.opts
+            assert option.required == (parameters[name].default is inspect.Parameter.empty)
+            assert option.required or option.default == parameters[name].default
+
+
+def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) -> None:
+    result = run("plan", "kvshare/tiny", "--kv-heads", "1/4", "--init", "mean", "--recipe", "quick", "--json")
+    assert (result.code, result.err) == (0, "")
+    values = json.loads(result.out)
+    assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
+    assert values.keys() == {
+        *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
+        *("source_cache_bytes_per_token", "cache_bytes_per_token", "cache_reduction", "tensors_copied", "tensors_merged"),
+        *("bytes_read", "bytes_written", "disk_bytes", "memory_bytes", "heals", "heal_tokens", "tensors"),
+    }
+    assert values["tensors"][0].keys() == {"name", "action", "file", "dtype", "source_shape", "shape"}
+    assert (values["init"], values["kv_heads"], values["heals"], values["heal_tokens"]) == ("mean", 2, False, 0)
+
+
+def test_plan_prints_a_table_for_people(run: Callable[..., Outcome]) -> None:
+    result = run("plan", "kvshare/tiny")
+    assert result.code == 0
+    for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8"):
+        assert text in result.out
+
+
+def test_convert_prints_json_alone(converted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    output, done = converted
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result.keys() >= FIGURES
+    assert result["cache_reduction"] == 0.5
+    assert result["cache_bytes_per_token"] * 2 == result["source_cache_bytes_per_token"]
+    assert result["perplexity_increase"] == pytest.approx(result["perplexity"] / result["source_perplexity"] - 1)
+    assert Path(result.pop("output")) == output
+    assert json.loads((output / "report.json").read_text()) == result
+    assert "measuring" in done.stderr
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_eval_repeats_the_measurement(
+    run: Callable[..., Outcome], converted: tuple[Path, subprocess.CompletedProcess[str]], text_file: str
+) -> None:
+    output, _ = converted
+    asked = ("eval", output, "--against", "kvshare/tiny", "--data", text_file, "--tokens", "2048")
+    result = run(*asked, "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
+    stored = json.loads((output / "report.json").read_text())
+    for name in FIGURES:
+        assert values[name] == pytest.approx(stored[name], rel=1e-4, abs=1e-6), name
+    table = run(*asked).out
+    assert f"{values['perplexity']:.3f}" in table
+    assert "50.00%" in table
+
+
+def test_verify_counts_what_it_checked(
+    run: Callable[..., Outcome], converted: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    output, _ = converted
+    result = run("verify", output)
+    assert result.code == 0
+    assert "6 shared layers, all as written" in result.out
+    damaged = Path(shutil.copytree(output, tmp_path / "damaged"))
+    edit_json(damaged / "generation_config.json", lambda config: config.update(temperature=2.0))
+    refused = run("verify", damaged)
+    assert refused.code == 4
+    assert "generation_config.json" in refused.err
+    assert refused.out == ""
+
+
+def test_heal_prints_json_alone(
+    run: Callable[..., Outcome], converted: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, text_file: str
+) -> None:
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text("heal: {sequence_length: 64, batch_tokens: 128, lora_rank: 2}")
+    output = tmp_path / "healed"
+    asked = ("--source", "kvshare/tiny", "--data", text_file, "--tokens", "256", "--recipe", recipe, "-o", output, "--json")
+    result = run("heal", converted[0], *asked)
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
+    assert (values["tokens"], values["steps"], values["output"]) == (256, 2, str(output))
+    assert run("verify", output).code == 0
+
+
+def test_recipes_list_show_copy(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    listed = run("recipes", "list").out
+    for name in recipe_names():
+        assert re.search(rf"^{name} +\S", listed, re.MULTILINE)
+        assert run("recipes", "show", name).out == recipe_text(name)
+        assert run("recipes", "copy", name, tmp_path / f"{name}.yaml").code == 0
+        assert load_recipe(tmp_path / f"{name}.yaml") == load_recipe(name)
+    (tmp_path / "half.yaml").write_text("my own")
+    assert run("recipes", "copy", "half", tmp_path / "half.yaml").code == 2
+    assert (tmp_path / "half.yaml").read_text() == "my own"
+    assert "did you mean 'half'" in run("recipes", "show", "halve").err
+
+
+def refused(result: Outcome, code: int, *named: str) -> None:
+    """The exit code, nothing on standard output, and what, why and what to do as the last lines of standard error."""
+    assert result.code == code, result.err
+    assert result.out == ""
+    what, why, remedy = result.err.splitlines()[-3:]
+    assert what.startswith("error: ")
+    assert why.startswith("  why: ")
+    assert remedy.startswith("  do:  ")
+    assert "Traceback" not in result.err
+    for name in named:
+        assert name in result.err
+
+
+def broken(kind: str, folder: Path, source: Path) -> Path:
+    """A copy of a model with something wrong."""
+    copy = Path(shutil.copytree(source, folder / "source"))
+    if kind == "family":
+        edit_json(copy / "config.json", lambda config: config.update(model_type="gpt5"))
+    if kind == "shard":
+        AutoModelForCausalLM.from_pretrained(source).save_pretrained(copy, max_shard_size="60KB")
+        (copy / json.loads((copy / INDEX).read_text())["weight_map"]["lm_head.weight"]).unlink()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "code", "named"),
+    [
+        ("family", [], 3, "'gpt5'"),
+        ("shard", [], 4, "safetensors is missing"),
+        ("heads", ["--kv-heads", "3"], 2, "choose one of: 1, 2, 4"),
+        ("init", ["--init", "best"], 2, "init = 'best'"),
+        ("tokens", ["--eval-tokens", "0"], 2, "evaluation.tokens = 0"),
+        ("recipe", ["--recipe", "quack"], 2, "did you mean 'quick'"),
+        ("data", ["--calibration", "empty.txt"], 2, "empty.txt holds too little text"),
+        ("file", ["--calibration", "nowhere.txt"], 2, "no file nowhere.txt"),
+        ("form", ["--eval-data", "text.docx"], 2, "no known form"),
+    ],
+)
+def test_a_refused_conversion_leaves_nothing_behind(
+    run: Callable[..., Outcome],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text_file: str,
+    kind: str,
+    options: list[str],
+    code: int,
+    named: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    source = broken(kind, tmp_path, source_folder("llama-gqa"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    text = ["--calibration", text_file, "--eval-data", text_file]
+    refused(run("convert", source, "-o", tmp_path / "output", "--no-heal", *text, *options), code, named)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_stays(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mine.txt").write_text("mine")
+    asked = ("convert", source_folder("llama-gqa"), "-o", tmp_path / "output", "--calibration", text_file)
+    refused(run(*asked), 2, "exists", "--overwrite")
+    refused(run(*asked, "--overwrite"), 2, "not a kvshare checkpoint")
+    assert [path.name for path in tmp_path.rglob("*")] == ["output", "mine.txt"]
+
+
+def test_what_is_no_checkpoint_is_refused(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    native = source_folder("llama-gqa")
+    for folder, named in ((native, "not a kvshare checkpoint"), (tmp_path / "nowhere", "no folder")):
+        refused(run("verify", folder), 4, named)
+        refused(run("eval", folder, "--against", "kvshare/tiny", "--data", text_file), 4, named)
+        refused(run("heal", folder, "-o", tmp_path / "out", "--source", "kvshare/tiny", "--data", text_file), 4, named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_script_returns_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt5"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    done = subprocess.run([SCRIPT, "plan", tmp_path], capture_output=True, text=True, check=False)
+    refused(Outcome(done.returncode, done.stdout, done.stderr), 3, "pytorch_model.bin")
+    assert len(done.stderr.splitlines()) == 3
+    unknown = subprocess.run([SCRIPT, "plan", tmp_path, "--kv-head", "2"], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2
+    assert "--kv-heads" in unknown.stderr
