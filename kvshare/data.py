@@ -25,6 +25,7 @@ SELF = "self"
 SEPARATOR = "<|endoftext|>"
 SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS = 64
+ENDINGS = (".txt", ".jsonl", ".parquet")
 FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 
 
@@ -34,10 +35,12 @@ def check_data(data: str) -> None:
     Raises:
         UsageError: no such file, an unknown ending, or not of the form of a datasets id.
     """
-    if data == SELF or (re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.\[\]%-]+)?", data) and not Path(data).suffix):
-        return
     path = Path(data)
-    if path.suffix not in {".txt", ".jsonl", ".parquet"}:
+    identifier = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data)
+    # A configuration may hold a dot, as in wikimedia/wikipedia/20231101.en; elsewhere a dot is the ending of a file.
+    if data == SELF or (identifier and not path.exists() and (not path.suffix or (identifier[1] and path.suffix not in ENDINGS))):
+        return
+    if path.suffix not in ENDINGS:
         raise UsageError(f"the data {data!r} is of no known form", f"kvshare reads {FORMS}", "name one of these")
     if not path.is_file():
         raise UsageError(f"there is no file {data}", f"DATA is {FORMS}", "check the path")
