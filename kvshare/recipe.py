@@ -35,6 +35,7 @@ def _kv_heads(value: int | str) -> int | str:
 
 KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
 Positive = Annotated[int, Field(gt=0)]
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
@@ -52,7 +53,7 @@ class Calibration(_Settings):
 class Merge(_Settings):
     """What the closed form does beyond its formula (method.md, section 2)."""
 
-    balance: tuple[float, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
+    balance: tuple[PositiveReal, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
     """Weights of the value error against the key error to try per layer; the one with the least output error is kept."""
     refit: bool = True
     """Refit the output projection of every layer by ridge regression."""
@@ -65,7 +66,7 @@ class Fit(_Settings):
 
     steps: Positive = 200
     batch_tokens: Positive = 8_192
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    learning_rate: PositiveReal = 5e-3
     """Relative to the root mean square of each matrix."""
 
 
@@ -77,13 +78,13 @@ class Heal(_Settings):
     tokens: Positive = 655_360
     sequence_length: Positive = 512
     batch_tokens: Positive = 8_192
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: PositiveReal | None = None
     """None: 2e-3 for a hidden_size of 128, falling with its square root."""
-    shared_rate: Annotated[float, Field(gt=0)] = 0.05
+    shared_rate: PositiveReal = 0.05
     """Learning rate of the shared projections, as a fraction of the others'."""
     lora_rank: Positive = 16
     lora_targets: tuple[str, ...] = Field(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1)
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: PositiveReal = 1.0
     save_steps: Positive = 50
 
 
