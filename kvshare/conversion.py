@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvshare import __version__
-from kvshare.card import write_card
+from kvshare.card import card_matter, write_card
 from kvshare.checkpoint import (
     FORMAT_VERSION,
     MODELING,
@@ -39,7 +39,7 @@ from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.runtime import MODELING_FILE
-from kvshare.source import CARRIED_FILES, open_source
+from kvshare.source import CARRIED_FILES, open_source, read_json
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def convert(
         report = _measure(staged, teacher, tokenizer, settings, progress)
         result = Conversion(target, plan, layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
-        card = write_card(plan, report, 0 if healed is None else healed.tokens)
+        card = write_card(read_json(staged / "config.json"), card_matter(source), report)
         (staged / "README.md").write_text(card, encoding="utf-8")
         publish(staged, target)
     return result
@@ -210,16 +210,13 @@ def _block(plan: Plan) -> dict[str, Any]:
     """The kvshare block of config.json: what was done to which model, enough to do it again."""
     import transformers
 
-    fingerprint = plan.source.fingerprint
-    if plan.source.commit is None:
-        fingerprint["name"] = Path(plan.source.name).name  # where a folder lies is nobody's business
     return {
         "format_version": FORMAT_VERSION,
         "version": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "layers": list(range(plan.layers)),
-        "source": {**fingerprint, "num_key_value_heads": plan.source_kv_heads},
+        "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
         "recipe": plan.recipe.model_dump(mode="json"),
         "seed": plan.recipe.seed,
         "healed_tokens": 0,

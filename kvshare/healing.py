@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import __version__
+from kvshare.card import front_matter, write_card
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -27,6 +28,7 @@ from kvshare.checkpoint import (
     read_block,
     sha256,
     verify,
+    work_folder,
     workspace,
     write_json,
 )
@@ -111,8 +113,11 @@ def heal(
         "seed": settings.seed,
         **settings.heal.model_dump(mode="json"),
     }
+    if resume:
+        _check_state(work_folder(target) / "training", job)
     with workspace(target, keep_on_error=True) as work:
-        state = _state_folder(work, job, resume)
+        state = work / "training" if resume else fresh_folder(work / "training")
+        write_json(state / FINGERPRINT, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
         rows = heal_rows(settings, tokenizer, teacher, progress)
         staged = fresh_folder(work / "healed")
@@ -120,33 +125,29 @@ def heal(
         carry_files(folder, staged)
         report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
         # figures measured on other weights would be a lie here
+        card = write_card(read_json(staged / "config.json"), front_matter(folder / "README.md"), None)
+        (staged / "README.md").write_text(card, encoding="utf-8")
         write_json(staged / "report.json", {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}})
         publish(staged, target)
     return result
 
 
-def _state_folder(work: Path, job: dict[str, Any], resume: bool) -> Path:
-    """The folder of training states; an earlier job's is gone, or the same job's when resuming.
+def _check_state(state: Path, job: dict[str, Any]) -> None:
+    """Refuse to resume what is not there or was another job; nothing is touched.
 
     Raises:
         UsageError: there is nothing to resume, or it belongs to a job with other settings; the first field is named.
     """
-    state = work / "training"
-    if not resume:
-        fresh_folder(state)
-    elif not (state / FINGERPRINT).is_file():
-        raise UsageError("there is nothing to resume", f"{work} holds no training state", "run the command without --resume")
-    else:
-        earlier = read_json(state / FINGERPRINT)
-        for field, value in job.items():
-            if earlier.get(field) != value:
-                raise UsageError(
-                    f"the saved training state is of another job: {field} differs",
-                    f"it was {earlier.get(field)!r} and is now {value!r}",
-                    "repeat the earlier settings, or run without --resume to start again",
-                )
-    write_json(state / FINGERPRINT, job)
-    return state
+    if not (state / FINGERPRINT).is_file():
+        raise UsageError("there is nothing to resume", f"{state} holds no training state", "run the command without --resume")
+    earlier = read_json(state / FINGERPRINT)
+    for field, value in job.items():
+        if earlier.get(field) != value:
+            raise UsageError(
+                f"the saved training state is of another job: {field} differs",
+                f"it was {earlier.get(field)!r} and is now {value!r}",
+                "repeat the earlier settings, or run without --resume to start again",
+            )
 
 
 def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:

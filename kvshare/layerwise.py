@@ -190,12 +190,15 @@ def _refitted(view: _View, weights: AttentionWeights, settings: Merge) -> tuple[
     return weights, outputs.error(weights.o)
 
 
-def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, wanted: Tensor) -> OutputSums:
+def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, targets: Tensor) -> OutputSums:
     layer = with_weights(view.layer, view.family, weights)
     output = getattr(attention_of(layer, view.family), view.family.o)
     sums = OutputSums()
-    for batch, target in zip(batches(hidden), batches(wanted), strict=True):
-        sums.add(enters(layer, output, batch.to(view.device), view.call), target.to(view.device))
+    for batch, target in zip(batches(hidden), batches(targets), strict=True):
+        wanted = target.to(view.device)
+        if output.bias is not None:
+            wanted = wanted - output.bias.detach()
+        sums.add(enters(layer, output, batch.to(view.device), view.call), wanted)
     return sums
 
 

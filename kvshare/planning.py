@@ -82,12 +82,16 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """An estimate of peak memory: weights in float32 (source and, when healing, student), activations, libraries."""
+        """An estimate of peak memory: weights in float32 (source and, when healing, student), activations, libraries.
+
+        Activations are hidden states of all calibration tokens: two streams, what they should give, what comes next, and
+        the inputs of one attention layer.
+        """
         source = self.bytes_read
         if self.recipe.init == "mean" and not self.recipe.heal.enabled:
             return max(tensor.bytes for tensor in self.tensors) * 10 + 500_000_000
         hidden = int(self.config["hidden_size"])
-        calibration = 2 * 4 * hidden * self.recipe.calibration.tokens
+        calibration = 5 * 4 * hidden * self.recipe.calibration.tokens
         copies = 2 if self.recipe.heal.enabled else 1
         width = max((4 / ITEM_BYTES[tensor.dtype] for tensor in self.tensors), default=1.0)
         return int(source * width * copies + calibration) + 1_500_000_000
@@ -173,6 +177,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f"{source.name} is quantised",
             "the merge needs the projections as floating-point numbers",
             "convert the unquantised model and quantise the result",
+        )
+    architecture = config.get("architectures")
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith("ForCausalLM")):
+        raise UnsupportedModelError(
+            f"{source.name} is not a causal language model",
+            f"config.json names the architectures {architecture!r}",
+            "give a model whose architecture ends in ForCausalLM",
         )
     layers, query_heads, source_heads, head_dim, hidden = _geometry(source)
     reasons: list[str] = []

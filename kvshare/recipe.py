@@ -53,7 +53,7 @@ class Calibration(_Settings):
 class Merge(_Settings):
     """What the closed form does beyond its formula (method.md, section 2)."""
 
-    balance: tuple[PositiveReal, ...] = Field((0.25, 0.5, 1.0, 2.0, 4.0), min_length=1)
+    balance: tuple[PositiveReal, ...] = Field((0.25, 0.5, 1.0), min_length=1)
     """Weights of the value error against the key error to try per layer; the one with the least output error is kept."""
     refit: bool = True
     """Refit the output projection of every layer by ridge regression."""
@@ -64,7 +64,7 @@ class Merge(_Settings):
 class Fit(_Settings):
     """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
 
-    steps: Positive = 200
+    steps: Positive = 150
     batch_tokens: Positive = 8_192
     learning_rate: PositiveReal = 5e-3
     """Relative to the root mean square of each matrix."""

@@ -75,7 +75,7 @@ class TensorSpec:
 class Source:
     """What is known of a model before a weight is read.
 
-    `name` is what the user wrote without the revision; `commit` the Hub commit or None for a local folder; `tensors`
+    `name` is the Hub id or the folder's name; `commit` the Hub commit or None for a local folder; `tensors`
     are keyed by name; `file_bytes` are the sizes of the weight files.
     """
 
@@ -127,7 +127,8 @@ def _locate(model: str) -> tuple[str, Path, str | None]:
     if model == TINY:
         return TINY, Path(str(resources.files("kvshare") / "tiny")), None
     if Path(model).is_dir():
-        return model, Path(model), None
+        # where a folder lies is nobody's business: only its name goes into outputs
+        return Path(model).resolve().name, Path(model), None
     repository, _, revision = model.partition("@")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
         raise UsageError(

@@ -67,6 +67,7 @@ def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "llama-gqa": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),

@@ -79,7 +79,7 @@ class _Problems:
 
     def of(self, group: tuple[int, ...]) -> GroupProblem:
         index = torch.tensor(group, device=self.key_weight.device)
-        second = self.moments.second[:, index][:, :, :, :, index]
+        second = self.moments.second[:, index][:, :, :, :, index].contiguous()
         return GroupProblem(
             second,
             self.moments.mean[0, index],

@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+CODE := kvshare cli recipes tests benchmarks
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: demo test lint types unit notebooks clean
+
+demo: $(INSTALLED)
+	$(BIN)/kvshare convert kvshare/tiny -o demo-out --heal-tokens 131072 --overwrite
+	$(BIN)/kvshare verify demo-out
+
+test: lint types unit notebooks demo
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
+
+notebooks: $(INSTALLED)
+	$(BIN)/python -m jupyter execute --timeout 600 $(NOTEBOOKS)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-out demo-out.kvshare-work build *.egg-info

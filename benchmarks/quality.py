@@ -1,0 +1,225 @@
+"""Quality of every initialisation and head count, before and after healing, against the same bytes spent otherwise.
+
+    python benchmarks/quality.py --train-data heal.txt --eval-data val.txt --out results
+    python benchmarks/quality.py ... --recall-model DIR --recall questions.jsonl
+
+In: two text files that share no document (calibration and healing read the first, figures come from the second) and,
+for recall, a model that answers questions about its context. Out: `results/quality.json`, one entry per measurement, and
+a Markdown table. A measurement that is already in the file is not repeated, so the run may be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+
+import kvshare
+from kvshare.checkpoint import write_json
+from kvshare.data import load_tokenizer
+from kvshare.evaluation import compare, evaluation_rows, read_questions, recall, stored_bytes
+from kvshare.loading import load_native
+from kvshare.progress import silent
+from kvshare.recipe import load_recipe
+from kvshare.source import open_source
+
+INITS = ("mean", "svd", "learned")
+FIGURES = ("perplexity_increase", "kl", "token_agreement", "cache_reduction", "perplexity", "source_perplexity")
+
+
+def int8(x: torch.Tensor) -> torch.Tensor:
+    """Round trip through 8 bits with one scale per token and head; x (batch, heads, tokens, width)."""
+    if x.shape[-1] == 0:
+        return x
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / scale).round() * scale
+
+
+class Int8Cache(DynamicCache):
+    """A cache whose content has passed through 8 bits."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, after rounding."""
+        return super().update(int8(key_states), int8(value_states), layer_idx, *args, **kwargs)
+
+
+class WithInt8Cache(torch.nn.Module):
+    """A model that reads every key and value through an `Int8Cache`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.generate, self.generation_config = model.generate, model.generation_config
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> Any:
+        """Logits of a whole row, (rows, length) in."""
+        return self.model(input_ids=input_ids, past_key_values=Int8Cache(config=self.config), use_cache=True)
+
+
+class Book:
+    """The measurements, by name, on the disk after each."""
+
+    def __init__(self, file: Path, only: str) -> None:
+        self.file, self.only = file, re.compile(only)
+
+    @property
+    def entries(self) -> dict[str, dict[str, Any]]:
+        """All measurements so far, those of a run beside this one included."""
+        return json.loads(self.file.read_text()) if self.file.is_file() else {}
+
+    def measure(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run a measurement unless its figures are there or it is not wanted."""
+        if self.only.search(name) and name not in self.entries:
+            values = run()
+            write_json(self.file, {**self.entries, name: values})
+            print(name, {key: round(value, 5) for key, value in values.items()}, flush=True)
+
+
+def figures(report: Any) -> dict[str, Any]:
+    """The figures of a `Report` that the table uses."""
+    values = report.to_dict()
+    return {key: values[key] for key in FIGURES}
+
+
+def converted(model: str, init: str, heads: int, seed: int, options: argparse.Namespace, train: str) -> Path:
+    """The unhealed checkpoint of these settings, converted once."""
+    output = options.out / f"{Path(model).name}-{init}-{heads}-{seed}"
+    if not output.exists():
+        recipe = "eighth" if init == "learned" else "half"
+        kvshare.convert(model, output, recipe=recipe, init=init, kv_heads=heads, calibration=train, heal=False, seed=seed,
+                        eval_data=options.eval_data, eval_tokens=options.eval_tokens)  # fmt: skip
+    return output
+
+
+def unhealed(model: str, init: str, heads: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    folder = converted(model, init, heads, seed, options, options.train_data)
+    report = json.loads((folder / "report.json").read_text())
+    return {key: report[key] for key in FIGURES}
+
+
+def healed(model: str, init: str, heads: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    folder = converted(model, init, heads, seed, options, options.train_data)
+    output = options.out / f"{folder.name}-healed"
+    if not output.exists():
+        kvshare.heal(folder, output, model, options.train_data, tokens=options.heal_tokens, seed=seed)
+    return figures(kvshare.evaluate(output, model, options.eval_data, tokens=options.eval_tokens))
+
+
+def with_int8(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
+    """The source, or a converted checkpoint, with its cache held in 8 bits."""
+    source = load_native(open_source(model).path, dtype=torch.float32)
+    student = source if folder is None else kvshare.load(folder, dtype=torch.float32)
+    settings = load_recipe(None, evaluation__data=options.eval_data, evaluation__tokens=options.eval_tokens).evaluation
+    rows = evaluation_rows(settings, load_tokenizer(open_source(model).path), source, 0, silent)
+    report = compare(WithInt8Cache(student), source, rows, options.eval_data, stored_bytes(open_source(model).path))
+    # 8 of 16 bits, and a 16-bit scale for every head_dim numbers
+    kept = (1 - report.cache_reduction) * (0.5 + 1 / int(source.config.head_dim))
+    return figures(report) | {"cache_reduction": 1 - kept}
+
+
+def recalled(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
+    path = open_source(model).path
+    net = load_native(path, dtype=torch.float32) if folder is None else kvshare.load(folder, dtype=torch.float32)
+    return {"recall": recall(net, load_tokenizer(path), read_questions(options.recall))}
+
+
+def healed_recall(model: str, init: str, heads: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Recall after healing on text that the model itself writes."""
+    folder = converted(model, init, heads, 0, options, "self")
+    output = options.out / f"{folder.name}-healed"
+    if not output.exists():
+        kvshare.heal(folder, output, model, "self", tokens=options.heal_tokens // 4, seed=0)
+    return recalled(model, output, options)
+
+
+def table(book: Book, heads: list[int], seeds: int) -> str:
+    """All measurements as Markdown."""
+    entries = book.entries
+
+    def cell(name: str) -> str:
+        found = [entries[f"{name} seed {seed}"]["perplexity_increase"] for seed in range(seeds) if f"{name} seed {seed}" in entries]
+        if not found:
+            return "–"
+        spread = f" ± {statistics.stdev(found):.2%}" if len(found) > 1 else ""
+        return f"{statistics.mean(found):+.2%}{spread}"
+
+    columns = [f"{init}{state}" for init in INITS for state in ("", ", healed")]
+    lines = ["| KV heads (cache saved) | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for count in heads:
+        cells = [cell(f"{init} {count}{state}") for init in INITS for state in ("", " healed")]
+        saved = next((e["cache_reduction"] for n, e in entries.items() if f" {count} seed" in n), float("nan"))
+        lines.append(f"| {count} ({saved:.2%}) | " + " | ".join(cells) + " |")
+    lines += ["", "| measurement | perplexity | KL | agreement | cache saved |", "|---|---|---|---|---|"]
+    for name, entry in sorted(entries.items()):
+        if "kl" in entry:
+            lines.append(f"| {name} | {entry['perplexity_increase']:+.2%} | {entry['kl']:.4f} | {entry['token_agreement']:.1%} | "
+                         f"{entry['cache_reduction']:.2%} |")  # fmt: skip
+    lines += ["", "| recall | answered |", "|---|---|"]
+    lines += [f"| {name} | {entry['recall']:.1%} |" for name, entry in sorted(entries.items()) if "recall" in entry]
+    return "\n".join(lines)
+
+
+def measure_all(book: Book, options: argparse.Namespace) -> None:
+    """Every measurement, the quick ones first."""
+    model, heads = options.model, options.heads
+    for count in heads:
+        book.measure(f"mean {count} seed 0", lambda c=count: unhealed(model, "mean", c, 0, options))
+        for seed in range(options.seeds):
+            book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
+    book.measure("int8 cache", lambda: with_int8(model, None, options))
+    half = heads[0]
+    book.measure(f"svd {half} + int8 cache",
+                 lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options))  # fmt: skip
+    if options.recall_model:
+        measure_recall(book, options)
+    for init in ("svd", "learned", "mean"):
+        for count in sorted(heads):
+            book.measure(f"{init} {count} seed 0", lambda c=count, i=init: unhealed(model, i, c, 0, options))
+            book.measure(f"{init} {count} healed seed 0", lambda c=count, i=init: healed(model, i, c, 0, options))
+
+
+def measure_recall(book: Book, options: argparse.Namespace) -> None:
+    """Recall of a model that can do it: as it was, converted, converted and healed on its own text."""
+    teller = options.recall_model
+    book.measure("source recall", lambda: recalled(teller, None, options))
+    for count in options.heads:
+        for init in ("mean", "svd"):
+            book.measure(f"{init} {count} recall",
+                         lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, "self"), options))  # fmt: skip
+        book.measure(f"svd {count} healed recall", lambda c=count: healed_recall(teller, "svd", c, options))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="kvshare/tiny")
+    parser.add_argument("--train-data", required=True, help="text for calibration and healing")
+    parser.add_argument("--eval-data", required=True, help="held-out text")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
+    parser.add_argument("--heads", type=int, nargs="+", default=[8, 4, 2, 1])
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of svd without healing")
+    parser.add_argument("--heal-tokens", type=int, default=655_360)
+    parser.add_argument("--eval-tokens", type=int, default=65_536)
+    parser.add_argument("--recall-model", help="a model trained to answer questions about its context")
+    parser.add_argument("--recall", type=Path, help="questions: .jsonl with prompt and answer")
+    parser.add_argument("--only", default="", help="measure only what this regular expression finds in the name")
+    parser.add_argument("--table", action="store_true", help="print the table of what is measured and stop")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    options.out.mkdir(parents=True, exist_ok=True)
+    book = Book(options.out / "quality.json", options.only)
+    if not options.table:
+        measure_all(book, options)
+    print(table(book, options.heads, options.seeds))
+
+
+if __name__ == "__main__":
+    main()

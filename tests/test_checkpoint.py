@@ -1,0 +1,212 @@
+"""A checkpoint appears whole or not at all, is never written over, and says when it was changed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import edit_json
+from safetensors.torch import load_file, save_file
+
+import kvshare
+from kvshare import checkpoint as checkpoints
+from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify
+from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
+
+
+def test_verify_accepts_what_convert_wrote(checkpoint: Path) -> None:
+    result = verify(checkpoint)
+    assert result.layers == 6
+    assert result.files == len([file for file in checkpoint.iterdir() if file.name != MANIFEST])
+
+
+def test_one_flipped_byte_is_found(checkpoint: Path) -> None:
+    for name in json.loads((checkpoint / MANIFEST).read_text())["files"]:
+        content = bytearray((checkpoint / name).read_bytes())
+        content[-1] ^= 1
+        (checkpoint / name).write_bytes(content)
+        with pytest.raises(BadCheckpointError, match=name):
+            verify(checkpoint)
+        content[-1] ^= 1
+        (checkpoint / name).write_bytes(content)
+    verify(checkpoint)
+
+
+def test_a_missing_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").unlink()
+    with pytest.raises(BadCheckpointError, match=r"generation_config\.json is missing"):
+        verify(checkpoint)
+
+
+def test_manifest_cannot_point_outside(checkpoint: Path) -> None:
+    edit_json(checkpoint / MANIFEST, lambda m: m["files"].update({"../outside": {"size": 0, "sha256": ""}}))
+    with pytest.raises(BadCheckpointError, match="outside"):
+        verify(checkpoint)
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_broken_tie_is_refused_on_load(checkpoint: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.3.self_attn.v_proj.weight"][0, 0] += 1
+
+    change_weights(checkpoint, change)
+    with pytest.raises(BadCheckpointError, match="layer 3 differ"):
+        kvshare.load(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_missing_tensor_is_fatal(checkpoint: Path, name: str) -> None:
+    change_weights(checkpoint, lambda tensors: tensors.__delitem__(name))
+    with pytest.raises(BadCheckpointError, match=name.replace(".", r"\.")):
+        kvshare.load(checkpoint)
+
+
+def test_a_native_model_is_not_a_kvshare_checkpoint(source_folder: Callable[[str], Path]) -> None:
+    for use in (verify, kvshare.load):
+        with pytest.raises(BadCheckpointError, match="not a kvshare checkpoint"):
+            use(source_folder("tiny"))
+
+
+def test_another_format_version_is_refused(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config["kvshare"].update(format_version=99))
+    with pytest.raises(BadCheckpointError, match="99"):
+        kvshare.load(checkpoint)
+
+
+def test_output_never_overlaps_the_source(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, source / "inside", tmp_path, tmp_path / "link"):
+        with pytest.raises(UsageError, match="overlap"):
+            check_output(output, source, overwrite=True)
+
+
+def test_existing_output_stays_untouched(checkpoint: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
+    before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(UsageError, match="--overwrite"):
+        kvshare.convert("kvshare/tiny", checkpoint, calibration=text_file, heal=False)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == before
+
+
+def test_overwrite_replaces_only_what_kvshare_wrote(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not a kvshare checkpoint"):
+        check_output(tmp_path / "thesis", tmp_path / "source", overwrite=True)
+
+
+def test_too_little_space_is_told_before(tmp_path: Path) -> None:
+    with pytest.raises(NoSpaceError, match="too few"):
+        check_space(tmp_path / "out", 10**18)
+
+
+def small_writer(folder: Path, dtype: str = "F32") -> WeightWriter:
+    folder.mkdir(exist_ok=True)
+    return WeightWriter(
+        folder, [OutputTensor("a", dtype, (2, 3), "model.safetensors"), OutputTensor("b", dtype, (4,), "model.safetensors")]
+    )
+
+
+def test_the_writer_writes_safetensors_in_any_order(tmp_path: Path) -> None:
+    writer = small_writer(tmp_path)
+    a, b = torch.randn(2, 3), torch.randn(4)
+    writer.put("b", b)
+    writer.put("a", a)
+    writer.finish()
+    read = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(read["a"], a)
+    assert torch.equal(read["b"], b)
+
+
+def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
+    writer = small_writer(tmp_path)
+    writer.put("a", torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="never written: b"):
+        writer.finish()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("F32", float("nan")), ("BF16", float("inf")), ("F16", 7e4)])
+def test_nan_and_overflow_never_leave(tmp_path: Path, dtype: str, value: float) -> None:
+    with pytest.raises(BadCheckpointError, match="NaN or infinity"):
+        small_writer(tmp_path, dtype).put("b", torch.full((4,), value))
+
+
+def test_a_full_disk_keeps_the_work_and_says_where(
+    tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch, source_folder: Callable[[str], Path]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(WeightWriter, "put", full)
+    with pytest.raises(NoSpaceError, match="became full") as raised:
+        kvshare.convert(source_folder("llama-gqa"), tmp_path / "out", init="mean", heal=False, eval_data=text_file)
+    assert not (tmp_path / "out").exists()
+    assert str(checkpoints.work_folder(tmp_path / "out")) in raised.value.fix
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import kvshare, kvshare.conversion
+from kvshare import checkpoint
+source, output, text, limit = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+count = 0
+def counted(function):
+    def wrapper(*arguments, **keywords):
+        global count
+        count += 1
+        if count == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+    return wrapper
+for name in ("put", "copy", "finish"):
+    setattr(checkpoint.WeightWriter, name, counted(getattr(checkpoint.WeightWriter, name)))
+os.rename, os.fsync = counted(os.rename), counted(os.fsync)
+kvshare.convert(source, output, init="mean", heal=False, eval_data=text, eval_tokens=512)
+print(count)
+"""
+
+
+def test_killed_at_a_write_leaves_no_output_and_reruns_to_the_same_bytes(
+    tmp_path: Path, text_file: str, source_folder: Callable[[str], Path]
+) -> None:
+    def run(output: Path, limit: int) -> subprocess.CompletedProcess[str]:
+        arguments = [str(source_folder("llama-gqa")), str(output), text_file, str(limit)]
+        return subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+
+    whole = run(tmp_path / "whole", 0)
+    writes = int(whole.stdout)
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    # the first write, one amid the weights, the first and the last step of publishing
+    for limit in (1, writes // 3, writes - 10, writes - 1):
+        output = tmp_path / f"killed-{limit}"
+        assert run(output, limit).returncode == -signal.SIGKILL
+        assert not output.exists()
+    assert run(output, 0).returncode == 0
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == expected
+    assert not checkpoints.work_folder(output).exists()
+
+
+def test_publish_replaces_by_renaming(tmp_path: Path) -> None:
+    for name, content in (("out", "old"), ("new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content)
+    (tmp_path / "out" / "stale").write_text("of the old output")
+    publish(tmp_path / "new", tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"file", MANIFEST}
+    assert (tmp_path / "out" / "file").read_text() == "new"

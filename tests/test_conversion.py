@@ -1,0 +1,205 @@
+"""A conversion from the source to the published folder: quality, form, sameness, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import SOURCES, TEXT, TINY_FOLDER, edit_json
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvshare
+from kvshare.checkpoint import sha256, work_folder
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, float]]:
+    """Reports of the bundled, really trained model: calibrated and measured on text that it writes itself."""
+    made: dict[str, dict[str, float]] = {}
+
+    def get(init: str) -> dict[str, float]:
+        if init not in made:
+            output = tmp_path_factory.mktemp("measured") / init
+            result = kvshare.convert("kvshare/tiny", output, init=init, calibration_tokens=8_192, eval_tokens=8_192, heal=False)
+            made[init] = result.report.to_dict()
+        return made[init]
+
+    return get
+
+
+def test_the_closed_form_keeps_a_trained_model(measured: Callable[[str], dict[str, float]]) -> None:
+    report = measured("svd")
+    assert 0 < report["perplexity_increase"] < 0.05
+    assert report["kl"] < 0.05
+    assert report["token_agreement"] > 0.8
+    assert report["cache_reduction"] == 0.5
+
+
+def test_the_naive_mean_does_not(measured: Callable[[str], dict[str, float]]) -> None:
+    assert measured("mean")["perplexity_increase"] > 20 * measured("svd")["perplexity_increase"]
+    assert measured("mean")["kl"] > 20 * measured("svd")["kl"]
+
+
+def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(yaml.safe_dump({"fit": {"steps": 40, "batch_tokens": 2048}, "kv_heads": 2, "heal": {"enabled": False},
+                                      "calibration": {"tokens": 12_288, "sequence_length": 128}, "evaluation": {"tokens": 4_096, "sequence_length": 128}}))  # fmt: skip
+    reports = {
+        init: kvshare.convert("kvshare/tiny", tmp_path / init, recipe=recipe, init=init).report.to_dict()
+        for init in ("svd", "learned")
+    }
+    assert reports["learned"]["kl"] < 0.9 * reports["svd"]["kl"]
+
+
+@pytest.mark.parametrize("key", SOURCES)
+@pytest.mark.parametrize("init", ["mean", "svd"])
+def test_output_is_native_and_tied(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], key: str, init: str
+) -> None:
+    folder, source = converted_folder(key, 2, init), source_folder(key)
+    config, origin = (json.loads((path / "config.json").read_text()) for path in (folder, source))
+    assert config["model_type"] == origin["model_type"]
+    assert config["architectures"] == origin["architectures"]
+    assert config["num_key_value_heads"] == 2
+    tensors, before = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
+    assert tensors.keys() == before.keys()
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.self_attn"
+        assert torch.equal(tensors[f"{prefix}.k_proj.weight"], tensors[f"{prefix}.v_proj.weight"])
+        assert tensors[f"{prefix}.k_proj.weight"].shape[0] == 16
+    untouched = [name for name in tensors if "self_attn" not in name]
+    assert all(torch.equal(tensors[name], before[name]) for name in untouched)
+    assert AutoTokenizer.from_pretrained(folder)(TEXT[0]) == AutoTokenizer.from_pretrained(source)(TEXT[0])
+
+
+@pytest.mark.parametrize("key", ["llama-mha", "llama-gqa", "qwen2", "qwen3"])
+def test_a_model_that_shares_already_comes_back_the_same(
+    tmp_path: Path, source_folder: Callable[[str], Path], text_file: str, key: str
+) -> None:
+    source = Path(shutil.copytree(source_folder(key), tmp_path / "source"))
+    tensors = load_file(source / "model.safetensors")
+    for name in tensors:
+        if name.endswith("v_proj.weight"):
+            tensors[name] = tensors[name.replace("v_proj", "k_proj")].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    kvshare.convert(source, tmp_path / "out", calibration=text_file, calibration_tokens=4096, heal=False,
+                    eval_data=text_file, eval_tokens=512)  # fmt: skip
+    ids = AutoTokenizer.from_pretrained(source)(TEXT[0], return_tensors="pt")["input_ids"]
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (source, tmp_path / "out")
+    )
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
+
+
+def test_the_same_command_gives_the_same_bytes(tmp_path: Path, source_folder: Callable[[str], Path]) -> None:
+    for name in ("first", "second"):
+        kvshare.convert(
+            source_folder("llama-gqa"), tmp_path / name, kv_heads=2, calibration_tokens=2048, heal=False, eval_tokens=1024
+        )
+    first, second = ({file.name: sha256(file) for file in (tmp_path / name).iterdir()} for name in ("first", "second"))
+    assert first == second
+
+
+def test_sharded_sources_give_the_tensors_of_single_files(
+    tmp_path: Path, source_folder: Callable[[str], Path], text_file: str
+) -> None:
+    source = source_folder("qwen3")
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(sharded, max_shard_size="200KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, sharded / name)
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    (sharded / "model-stale.safetensors").write_bytes(b"not weights at all")
+    settings = {"calibration": text_file, "calibration_tokens": 2048, "heal": False, "eval_data": text_file, "eval_tokens": 512}
+    kvshare.convert(source, tmp_path / "one", **settings)  # type: ignore[arg-type]
+    kvshare.convert(sharded, tmp_path / "many", **settings)  # type: ignore[arg-type]
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    many: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "many").glob("*.safetensors"):
+        many |= load_file(file)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(value, many[name]) for name, value in one.items())
+    kvshare.verify(tmp_path / "many")
+
+
+def test_tied_embeddings_stay_tied(converted_folder: Callable[..., Path]) -> None:
+    folder = converted_folder("tiny")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = kvshare.load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_kvshare_block_tells_what_was_done(converted_folder: Callable[..., Path]) -> None:
+    block = json.loads((converted_folder("tiny", 2) / "config.json").read_text())["kvshare"]
+    assert block["version"] == kvshare.__version__
+    assert block["layers"] == [0, 1, 2, 3, 4, 5]
+    assert block["source"]["name"] == "tiny"
+    assert block["source"]["num_key_value_heads"] == 8
+    assert block["recipe"]["kv_heads"] == 2
+    assert block["seed"] == 0
+
+
+def test_licence_follows_the_weights(tmp_path: Path, text_file: str) -> None:
+    source = Path(shutil.copytree(TINY_FOLDER, tmp_path / "source", ignore=shutil.ignore_patterns("__*")))
+    (source / "README.md").write_text("---\nlicense: cc-by-4.0\nlanguage: en\n---\n# A model\n")
+    kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_data=text_file, eval_tokens=512)
+    matter = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert matter["license"] == "cc-by-4.0"
+    assert matter["language"] == "en"
+    assert "kvshare" in matter["tags"]
+
+
+def test_foreign_code_is_neither_run_nor_copied(tmp_path: Path, text_file: str) -> None:
+    source = Path(shutil.copytree(TINY_FOLDER, tmp_path / "source", ignore=shutil.ignore_patterns("__*")))
+    canary = tmp_path / "canary"
+    (source / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Evil: pass\n")
+    edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil",
+                                                                  "AutoConfig": "modeling_evil.Evil"}))  # fmt: skip
+    edit_json(source / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]}))
+    kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_data=text_file, eval_tokens=512)
+    kvshare.load(tmp_path / "out")
+    assert not canary.exists()
+    assert [file.name for file in (tmp_path / "out").glob("*.py")] == ["modeling_kvshare.py"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {
+        "AutoModelForCausalLM": "modeling_kvshare.LlamaForCausalLM"
+    }
+
+
+def test_refusals_leave_nothing_behind(tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
+    damaged = Path(shutil.copytree(source_folder("llama-gqa"), tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    silent = Path(shutil.copytree(source_folder("llama-gqa"), tmp_path / "silent"))
+    edit_json(silent / "tokenizer_config.json", lambda c: [c.pop(key, None) for key in ("bos_token", "eos_token", "pad_token")])
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    cases = [
+        (BadCheckpointError, damaged, {"init": "mean", "heal": False, "eval_data": text_file}),
+        (UsageError, silent, {"heal": False}),
+        (UsageError, TINY_FOLDER, {"calibration": str(empty), "heal": False}),
+        (UsageError, TINY_FOLDER, {"calibration": str(tmp_path / "none.txt")}),
+        (UsageError, TINY_FOLDER, {"kv_heads": 3}),
+        (UnsupportedModelError, converted_unsupported(tmp_path), {}),
+    ]
+    output = tmp_path / "out"
+    for error, source, settings in cases:
+        with pytest.raises(error) as raised:
+            kvshare.convert(source, output, **settings)  # type: ignore[arg-type]
+        assert len(str(raised.value).splitlines()) == 3
+        assert not output.exists()
+        assert not work_folder(output).exists()
+
+
+def converted_unsupported(tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(TINY_FOLDER, tmp_path / "unknown", ignore=shutil.ignore_patterns("__*")))
+    edit_json(folder / "config.json", lambda c: c.update(model_type="lama"))
+    return folder

@@ -1,0 +1,120 @@
+"""Healing lowers the distance to the source, keeps the tie, resumes, and refuses what cannot go well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import edit_json
+from safetensors.torch import load_file
+
+import kvshare
+from kvshare.checkpoint import work_folder
+from kvshare.errors import UsageError
+from kvshare.healing import batch_rows, distillation_loss
+from kvshare.recipe import Heal
+
+
+def short_recipe(folder: Path, **heal: object) -> Path:
+    file = folder / "short.yaml"
+    settings = {"tokens": 8_192, "batch_tokens": 1_024, "sequence_length": 128, "save_steps": 4, **heal}
+    file.write_text(yaml.safe_dump({"heal": settings, "evaluation": {"tokens": 4096}}))
+    return file
+
+
+def test_healing_brings_a_trained_model_closer(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
+    broken = converted_folder("tiny", 1)
+    result = kvshare.heal(broken, tmp_path / "healed", "kvshare/tiny", "self", recipe=short_recipe(tmp_path, tokens=24_576))
+    before, after = (kvshare.evaluate(folder, "kvshare/tiny", "self", tokens=4096) for folder in (broken, tmp_path / "healed"))
+    assert after.kl < 0.9 * before.kl
+    assert result.tokens == 24_576
+    assert after.cache_bytes_per_token == before.cache_bytes_per_token
+
+
+@pytest.mark.parametrize("key", ["llama-gqa", "mistral", "qwen2", "qwen3"])
+def test_the_tie_holds_and_embeddings_stay(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str
+) -> None:
+    folder = converted_folder(key)
+    kvshare.heal(folder, tmp_path / "out", source_folder(key), text_file, tokens=4_096, recipe=short_recipe(tmp_path))
+    kvshare.verify(tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    prefix = "model.layers.0"
+    assert {f"{prefix}.self_attn.{part}_proj.weight" for part in "qkvo"} | {f"{prefix}.mlp.up_proj.weight"} <= changed
+    assert not {name for name in changed if "embed" in name or "norm" in name or "lm_head" in name}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["kvshare"]["healed_tokens"] == 4_096
+    kvshare.load(tmp_path / "out")
+
+
+def test_resume_continues_to_the_same_weights(
+    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, recipe = converted_folder("tiny"), short_recipe(tmp_path)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", "kvshare/tiny", text_file, recipe=recipe)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "healing" and done == 6:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "resumed"
+    with pytest.raises(KeyboardInterrupt):
+        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, progress=stop)
+    assert not output.exists()
+    assert work_folder(output).is_dir()
+    with pytest.raises(UsageError, match="seed differs"):
+        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, seed=5, resume=True)
+    seen: list[int] = []
+    result = kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, resume=True,
+                          progress=lambda stage, done, total: seen.append(done) if stage == "healing" else None)  # fmt: skip
+    assert min(seen) == 5  # from the state saved at step 4
+    assert result.losses == undisturbed.losses
+    first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not work_folder(output).exists()
+
+
+def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
+    with pytest.raises(UsageError, match="nothing to resume"):
+        kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, resume=True)
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(checkpoint: Path, tmp_path: Path, text_file: str) -> None:
+    source = Path(kvshare.__file__).parent / "tiny"
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in source.glob("*.*"):
+        (other / file.name).write_bytes(file.read_bytes())
+    edit_json(other / "config.json", lambda config: config.update(vocab_size=5000))
+    with pytest.raises(UsageError, match="5000"):
+        kvshare.heal(checkpoint, tmp_path / "out", other, text_file)
+
+
+def test_modules_that_are_not_there_are_named(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
+    with pytest.raises(UsageError, match="down_proj"):
+        kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file,
+                     recipe=short_recipe(tmp_path, lora_targets=["c_attn"]))  # fmt: skip
+
+
+def test_the_loss_is_the_divergence() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=student)
+    ).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, 1.0), expected)
+    assert distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
+
+
+def test_batches_divide_evenly_and_fit() -> None:
+    for vocabulary in (4_096, 151_936):
+        batch, micro = batch_rows(Heal.model_validate({}), 512, vocabulary, 1_000)
+        assert batch == 16
+        assert batch % micro == 0
+        assert micro == 1 or micro * 512 * vocabulary * 16 <= 1 << 30
