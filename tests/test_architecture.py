@@ -1,0 +1,145 @@
+"""The shape of the sources: imports point one way, only data is read, no foreign code runs, modules stay small."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvshare
+
+ROOT = Path(kvshare.__file__).parent
+CLI = ROOT.parent / "cli"
+# A layer imports those above it; modules of one line know nothing of each other.
+LAYERS = [
+    ["errors"],
+    ["recipe", "families", "source"],
+    ["planning", "merge", "progress", "data"],
+    ["calibrate"],
+    ["fit"],
+    ["layerwise"],
+    ["checkpoint", "runtime"],
+    ["loading"],
+    ["evaluation"],
+    ["card"],
+    ["healing"],
+    ["conversion"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# The front door, which imports its verbs when they are first used, and a package of data.
+OUTSIDE = {"", "tiny"}
+
+
+def module_of(file: Path) -> str:
+    """`merge.svd` for kvshare/merge/svd.py, `cli.plan` for cli/plan.py."""
+    parts = (
+        ("cli", *file.relative_to(CLI).with_suffix("").parts)
+        if file.is_relative_to(CLI)
+        else file.relative_to(ROOT).with_suffix("").parts
+    )
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_of(file): file for folder in (ROOT, CLI) for file in sorted(folder.rglob("*.py"))}
+TREES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES.items()}
+
+
+def imports(module: str) -> Iterator[str]:
+    """Every module that a module imports, anywhere in it, with the names taken from it: `kvshare.merge.svd.solve_group`."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import"
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of kvshare that a module imports, without the `kvshare.`."""
+    found = set()
+    for name in imports(module):
+        parts = name.split(".")
+        if parts[0] == "kvshare":
+            found.add(
+                max((known for known in FILES if known.split(".") == parts[1 : 1 + len(known.split("."))]), key=len, default="")
+            )
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert len(FILES) > 25
+    assert {module.partition(".")[0] for module in FILES} == {*LEVEL, *OUTSIDE}
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - OUTSIDE))
+def test_imports_point_one_way(module: str) -> None:
+    package = module.partition(".")[0]
+    for imported in own_imports(module):
+        other = imported.partition(".")[0]
+        if other not in OUTSIDE and other != package:
+            assert LEVEL[other] < LEVEL[package], f"{module} imports {imported}"
+
+
+def test_imports_go_in_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in own_imports(module) - OUTSIDE - {module}:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in FILES:
+        if module not in OUTSIDE:
+            visit(module, ())
+    assert done == set(FILES) - OUTSIDE
+
+
+def test_the_file_in_checkpoints_stands_alone() -> None:
+    packages = {name.partition(".")[0] for name in imports("runtime.modeling_kvshare")}
+    assert packages == {"__future__", "functools", "sys", "typing", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_unpickled(module: str) -> None:
+    text = FILES[module].read_text(encoding="utf-8")
+    assert "torch.load" not in text
+    packages = {name.partition(".")[0] for name in imports(module)}
+    assert not packages & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    called = {node.func.id for node in ast.walk(TREES[module]) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"eval", "exec", "compile", "__import__"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_remote_code_is_never_trusted(module: str) -> None:
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant), f"{module}, line {node.value.lineno}"
+            assert node.value.value is False, f"{module}, line {node.value.lineno}"
+        if isinstance(node, ast.Dict):
+            assert "trust_remote_code" not in [key.value for key in node.keys if isinstance(key, ast.Constant)], module
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_modules_stay_small_and_say_what_they_are(module: str) -> None:
+    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 400
+    assert ast.get_docstring(TREES[module])
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_the_command_line_is_built_on_typer_alone(module: str) -> None:
+    packages = {name.partition(".")[0] for name in imports(module)}
+    assert "click" not in packages
+    assert module.startswith("cli") or not packages & {"typer", "rich"}
+
+
+def test_the_public_names_are_where_the_front_door_says() -> None:
+    assert set(kvshare.__all__) == set(kvshare._HOMES)
+    for name, home in kvshare._HOMES.items():
+        assert getattr(kvshare, name).__module__ == f"kvshare.{home}"
+    with pytest.raises(AttributeError, match="'nothing'"):
+        kvshare.nothing  # noqa: B018
