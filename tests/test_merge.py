@@ -175,6 +175,20 @@ def test_another_scale_of_every_key_pair_changes_nothing(kv_heads: int) -> None:
     assert_same_function(other, plain, 1e-4)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_what_the_norms_of_queries_and_keys_share_changes_nothing(kv_heads: int) -> None:
+    layer = random_layer(3, kind="norms")
+    factor = torch.tensor([0.2, 5.0, 1.0, 2.0] * 2, dtype=torch.float64)  # equal within rope pairs
+    assert layer.query_norm is not None
+    assert layer.key_norm is not None
+    moved = replace(layer, query_norm=layer.query_norm / factor, key_norm=layer.key_norm * factor)
+    assert_same_function(moved, layer)
+    (plain, first), (other, second) = merge(layer, kv_heads), merge(moved, kv_heads)
+    assert first.grouping == second.grouping
+    assert second.lost == pytest.approx(first.lost, rel=1e-5)
+    assert_same_function(other, plain, 1e-4)
+
+
 def loss_of(layer: AttentionWeights, x: Tensor, shared: Tensor, grouping: Grouping) -> float:
     """The weighted error of method.md that is left when each group keeps `shared` (tokens, groups, head_dim), over all energy.
 
