@@ -187,7 +187,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     refusal(lambda: load_tokenizer(tmp_path), str(tmp_path))
 
 
-def test_the_model_writes_the_same_text_for_the_same_seed(model: Any, tokenizer: Any) -> None:
+def test_the_model_writes_the_same_text_for_the_same_seed(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "SAMPLE_ROWS", 64)
     carried = model.generation_config
     before, state = carried.to_dict(), torch.get_rng_state()
     first = self_rows(model, tokenizer, 70 * 12, 12, 5)
@@ -222,7 +223,8 @@ def test_the_text_of_self_follows_the_model(model: Any, tokenizer: Any) -> None:
         assert loss + 2 < model(noise, labels=noise).loss
 
 
-def test_self_needs_the_model(model: Any, tokenizer: Any) -> None:
+def test_self_needs_the_model(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "SAMPLE_ROWS", 64)
     seen: list[tuple[int, int]] = []
     rows = load_rows("self", tokenizer, model, 65 * 4, 4, 2, progress=lambda done, total: seen.append((done, total)))
     assert torch.equal(rows, self_rows(model, tokenizer, 65 * 4, 4, 2))
