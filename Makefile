@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 .PHONY: demo test lint types unit notebooks clean
 
 demo: $(INSTALLED)
-	$(BIN)/kvshare convert kvshare/tiny -o demo-out --heal-tokens 131072 --overwrite
+	$(BIN)/kvshare convert kvshare/tiny -o demo-out --calibration-tokens 16384 --heal-tokens 65536 --eval-tokens 16384 --overwrite
 	$(BIN)/kvshare verify demo-out
 
 test: lint types unit notebooks demo

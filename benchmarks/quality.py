@@ -94,8 +94,18 @@ def converted(model: str, init: str, heads: int, seed: int, options: argparse.Na
     output = options.out / f"{Path(model).name}-{init}-{heads}-{seed}"
     if not output.exists():
         recipe = "eighth" if init == "learned" else "half"
-        kvshare.convert(model, output, recipe=recipe, init=init, kv_heads=heads, calibration=train, heal=False, seed=seed,
-                        eval_data=options.eval_data, eval_tokens=options.eval_tokens)  # fmt: skip
+        kvshare.convert(
+            model,
+            output,
+            recipe=recipe,
+            init=init,
+            kv_heads=heads,
+            calibration=train,
+            heal=False,
+            seed=seed,
+            eval_data=options.eval_data,
+            eval_tokens=options.eval_tokens,
+        )
     return output
 
 
@@ -160,8 +170,10 @@ def table(book: Book, heads: list[int], seeds: int) -> str:
     lines += ["", "| measurement | perplexity | KL | agreement | cache saved |", "|---|---|---|---|---|"]
     for name, entry in sorted(entries.items()):
         if "kl" in entry:
-            lines.append(f"| {name} | {entry['perplexity_increase']:+.2%} | {entry['kl']:.4f} | {entry['token_agreement']:.1%} | "
-                         f"{entry['cache_reduction']:.2%} |")  # fmt: skip
+            lines.append(
+                f"| {name} | {entry['perplexity_increase']:+.2%} | {entry['kl']:.4f} | {entry['token_agreement']:.1%} | "
+                f"{entry['cache_reduction']:.2%} |"
+            )
     lines += ["", "| recall | answered |", "|---|---|"]
     lines += [f"| {name} | {entry['recall']:.1%} |" for name, entry in sorted(entries.items()) if "recall" in entry]
     return "\n".join(lines)
@@ -176,8 +188,9 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
             book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
     book.measure("int8 cache", lambda: with_int8(model, None, options))
     half = heads[0]
-    book.measure(f"svd {half} + int8 cache",
-                 lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options))  # fmt: skip
+    book.measure(
+        f"svd {half} + int8 cache", lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options)
+    )
     if options.recall_model:
         measure_recall(book, options)
     for init in ("svd", "learned", "mean"):
@@ -192,8 +205,10 @@ def measure_recall(book: Book, options: argparse.Namespace) -> None:
     book.measure("source recall", lambda: recalled(teller, None, options))
     for count in options.heads:
         for init in ("mean", "svd"):
-            book.measure(f"{init} {count} recall",
-                         lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, "self"), options))  # fmt: skip
+            book.measure(
+                f"{init} {count} recall",
+                lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, "self"), options),
+            )
         book.measure(f"svd {count} healed recall", lambda c=count: healed_recall(teller, "svd", c, options))
 
 

@@ -29,11 +29,11 @@ class _StopError(Exception):
     pass
 
 
-def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
+def first_inputs(model: nn.Module, layers: nn.ModuleList, rows: Tensor, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
     """The hidden states that enter the first layer, and how each layer is called.
 
     Args:
-        model: a causal language model.
+        model: a causal language model in float32, so that its rope tables are exact.
         layers: its decoder layers.
         rows: token ids (rows, length), no padding.
         device: where layers will run.
@@ -56,14 +56,6 @@ def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.
     finally:
         for handle in handles:
             handle.remove()
-
-    # A bfloat16 model hands out rounded rope tables; layers run in float32 and get exact ones.
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    for call in calls:
-        if rotary is not None and "position_embeddings" in call.arguments:
-            positions = call.arguments["position_ids"].to(rows.device)
-            exact = rotary(torch.zeros(1, 1, 1, device=positions.device), position_ids=positions)
-            call.arguments["position_embeddings"] = _moved(exact, device)
 
     hidden: list[Tensor] = []
 

@@ -16,6 +16,7 @@ import torch
 from kvshare import __version__
 from kvshare.card import card_matter, write_card
 from kvshare.checkpoint import (
+    DTYPES,
     FORMAT_VERSION,
     MODELING,
     OutputTensor,
@@ -121,9 +122,8 @@ def convert(
         check_data(data)
         check_tokenizer(tokenizer, data)
     with workspace(target) as work:
-        native = load_native(source.path)
-        merged, layers = _write_merged(work, plan, native, tokenizer, progress)
-        teacher = native.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+        teacher = load_native(source.path, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+        merged, layers = _write_merged(work, plan, teacher, tokenizer, progress)
         staged, healed = merged, None
         if settings.heal.enabled:
             staged = fresh_folder(work / "healed")
@@ -148,7 +148,7 @@ def _data_used(recipe: Recipe) -> list[str]:
     return used
 
 
-def _write_merged(work: Path, plan: Plan, native: Any, tokenizer: Any, progress: Progress) -> tuple[Path, tuple[LayerReport, ...]]:
+def _write_merged(work: Path, plan: Plan, teacher: Any, tokenizer: Any, progress: Progress) -> tuple[Path, tuple[LayerReport, ...]]:
     """The merged checkpoint in native form, complete but for report, card and manifest."""
     folder = fresh_folder(work / "merged")
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.source.file) for t in plan.tensors])
@@ -157,7 +157,7 @@ def _write_merged(work: Path, plan: Plan, native: Any, tokenizer: Any, progress:
             writer.copy(tensor.source, plan.source.path)
     planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
     reports = []
-    for layer, (weights, report) in enumerate(_merged_layers(plan, native, tokenizer, progress)):
+    for layer, (weights, report) in enumerate(_merged_layers(plan, teacher, tokenizer, progress)):
         if report is not None:
             reports.append(report)
         for part in ("q", "k", "v", "o"):
@@ -174,7 +174,7 @@ def _write_merged(work: Path, plan: Plan, native: Any, tokenizer: Any, progress:
 
 
 def _merged_layers(
-    plan: Plan, native: Any, tokenizer: Any, progress: Progress
+    plan: Plan, teacher: Any, tokenizer: Any, progress: Progress
 ) -> Iterator[tuple[AttentionWeights, LayerReport | None]]:
     recipe = plan.recipe
     if recipe.init == "mean":
@@ -187,9 +187,10 @@ def _merged_layers(
         progress("writing text with the source model", done, total)
 
     settings = recipe.calibration
-    rows = load_rows(settings.data, tokenizer, native, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
+    rows = load_rows(settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield from merge_layers(native, plan.family, plan.head_dim, plan.kv_heads, recipe, rows, device, progress)
+    stored = DTYPES[plan.source.tensors[plan.family.weight(0, "k")].dtype]
+    yield from merge_layers(teacher, plan, rows, stored, device, progress)
 
 
 def _stored_weights(plan: Plan, layer: int) -> AttentionWeights:

@@ -19,12 +19,12 @@ from kvshare.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
 SEPARATOR = "<|endoftext|>"
 SHUFFLE_DOCUMENTS = 10_000
-SAMPLE_ROWS = 64
+SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
 ENDINGS = (".txt", ".jsonl", ".parquet")
 FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 
@@ -194,6 +194,7 @@ def self_rows(
     check_tokenizer(tokenizer, SELF)
     start: Any = start_token(tokenizer)
     count = max(1, tokens // length)
+    batch = min(SAMPLE_ROWS, max(1, SAMPLE_CACHE_BYTES // (length * _cache_bytes(model.config))))
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -211,15 +212,22 @@ def self_rows(
         torch.manual_seed(seed)
         model.generation_config = GenerationConfig()  # the model's own stops and penalties would bend the samples
         try:
-            for done in range(0, count, SAMPLE_ROWS):
-                prompt = torch.full((min(SAMPLE_ROWS, count - done), 1), start, device=device)
+            for done in range(0, count, batch):
+                prompt = torch.full((min(batch, count - done), 1), start, device=device)
                 mask = torch.ones_like(prompt)
                 rows.append(model.generate(prompt, attention_mask=mask, generation_config=settings).cpu())
                 if progress is not None:
-                    progress(min(done + SAMPLE_ROWS, count), count)
+                    progress(min(done + batch, count), count)
         finally:
             model.generation_config = carried
     return torch.cat(rows)
+
+
+def _cache_bytes(config: PreTrainedConfig) -> int:
+    """Bytes per token of the model's cache in float32."""
+    heads = config.num_key_value_heads or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * 4 * int(config.num_hidden_layers) * int(heads) * int(width)
 
 
 def load_rows(

@@ -23,6 +23,7 @@ from kvshare.fit import fit_layer
 from kvshare.merge import AttentionWeights, Moments
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import Grouping, MergeReport, merge_svd
+from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
 
@@ -96,35 +97,34 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
 
 
 def merge_layers(
-    model: Any, family: Family, head_dim: int, kv_heads: int, recipe: Recipe, rows: Tensor, device: torch.device, progress: Progress
+    model: Any, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
 ) -> Iterator[tuple[AttentionWeights, LayerReport]]:
     """Merge all layers in order, each behind the converted layers before it.
 
     Args:
-        model: the source model, native, any dtype.
-        family, head_dim: where the attention is and how wide its heads are.
-        kv_heads: KV heads of the output.
-        recipe: its init is `svd` or `learned`.
+        model: the source model, native, in float32.
+        plan: its recipe's init is `svd` or `learned`.
         rows: calibration tokens (rows, length).
+        stored: the dtype that the weights will be stored in; later layers see them rounded.
         device: where one layer at a time is computed, in float32.
 
     Yields:
-        the weights of each layer, rounded to the source's dtype, and the report of the merge.
+        the weights of each layer, rounded to `stored`, and the report of the merge.
     """
+    family, recipe = plan.family, plan.recipe
     layers = model.get_decoder().layers
     source_hidden, calls = first_inputs(model, layers, rows, device)
     hidden = source_hidden.clone()
     for index, (original, call) in enumerate(zip(layers, calls, strict=True)):
         progress("merging layers", index, len(layers))
-        dtype = next(original.parameters()).dtype
         layer = copy.deepcopy(original).to(device, torch.float32).eval()
         wanted, source_next = _source_pass(layer, family, source_hidden, call, device)
         stream = hidden if recipe.merge.sequential else source_hidden
         if recipe.merge.sequential:
             wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
         view = _View(layer, family, call, stream, wanted, device)
-        weights, report = _merge_layer(view, head_dim, kv_heads, recipe, index, progress)
-        weights = weights.to(dtype)
+        weights, report = _merge_layer(view, plan.head_dim, plan.kv_heads, recipe, index, progress)
+        weights = weights.to(stored)
         merged = with_weights(layer, family, weights)
         hidden = torch.cat([run_layer(merged, batch.to(device), call).cpu() for batch in batches(hidden)])
         source_hidden = source_next

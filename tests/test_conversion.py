@@ -49,8 +49,17 @@ def test_the_naive_mean_does_not(measured: Callable[[str], dict[str, float]]) ->
 
 def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
     recipe = tmp_path / "short.yaml"
-    recipe.write_text(yaml.safe_dump({"fit": {"steps": 40, "batch_tokens": 2048}, "kv_heads": 2, "heal": {"enabled": False},
-                                      "calibration": {"tokens": 12_288, "sequence_length": 128}, "evaluation": {"tokens": 4_096, "sequence_length": 128}}))  # fmt: skip
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "fit": {"steps": 40, "batch_tokens": 2048},
+                "kv_heads": 2,
+                "heal": {"enabled": False},
+                "calibration": {"tokens": 12_288, "sequence_length": 128},
+                "evaluation": {"tokens": 4_096, "sequence_length": 128},
+            }
+        )
+    )
     reports = {
         init: kvshare.convert("kvshare/tiny", tmp_path / init, recipe=recipe, init=init).report.to_dict()
         for init in ("svd", "learned")
@@ -89,8 +98,9 @@ def test_a_model_that_shares_already_comes_back_the_same(
         if name.endswith("v_proj.weight"):
             tensors[name] = tensors[name.replace("v_proj", "k_proj")].clone()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    kvshare.convert(source, tmp_path / "out", calibration=text_file, calibration_tokens=4096, heal=False,
-                    eval_data=text_file, eval_tokens=512)  # fmt: skip
+    kvshare.convert(
+        source, tmp_path / "out", calibration=text_file, calibration_tokens=4096, heal=False, eval_data=text_file, eval_tokens=512
+    )
     ids = AutoTokenizer.from_pretrained(source)(TEXT[0], return_tensors="pt")["input_ids"]
     before, after = (
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits for path in (source, tmp_path / "out")
@@ -161,8 +171,10 @@ def test_foreign_code_is_neither_run_nor_copied(tmp_path: Path, text_file: str) 
     source = Path(shutil.copytree(TINY_FOLDER, tmp_path / "source", ignore=shutil.ignore_patterns("__*")))
     canary = tmp_path / "canary"
     (source / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Evil: pass\n")
-    edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil",
-                                                                  "AutoConfig": "modeling_evil.Evil"}))  # fmt: skip
+    edit_json(
+        source / "config.json",
+        lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}),
+    )
     edit_json(source / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]}))
     kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_data=text_file, eval_tokens=512)
     kvshare.load(tmp_path / "out")

@@ -70,8 +70,15 @@ def test_resume_continues_to_the_same_weights(
     with pytest.raises(UsageError, match="seed differs"):
         kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, seed=5, resume=True)
     seen: list[int] = []
-    result = kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, resume=True,
-                          progress=lambda stage, done, total: seen.append(done) if stage == "healing" else None)  # fmt: skip
+    result = kvshare.heal(
+        folder,
+        output,
+        "kvshare/tiny",
+        text_file,
+        recipe=recipe,
+        resume=True,
+        progress=lambda stage, done, total: seen.append(done) if stage == "healing" else None,
+    )
     assert min(seen) == 5  # from the state saved at step 4
     assert result.losses == undisturbed.losses
     first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
@@ -98,8 +105,13 @@ def test_a_teacher_of_another_vocabulary_is_refused(checkpoint: Path, tmp_path: 
 
 def test_modules_that_are_not_there_are_named(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
     with pytest.raises(UsageError, match="down_proj"):
-        kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file,
-                     recipe=short_recipe(tmp_path, lora_targets=["c_attn"]))  # fmt: skip
+        kvshare.heal(
+            converted_folder("tiny"),
+            tmp_path / "out",
+            "kvshare/tiny",
+            text_file,
+            recipe=short_recipe(tmp_path, lora_targets=["c_attn"]),
+        )
 
 
 def test_the_loss_is_the_divergence() -> None:
