@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
@@ -211,11 +212,21 @@ def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
     """An empty work folder; it goes when the work is done or, unless `keep_on_error`, has failed.
 
     Raises:
+        UsageError: another run writes the same output.
         NoSpaceError: the disk became full; the folder stays and the message says where it is.
     """
     work = work_folder(output)
     work.mkdir(parents=True, exist_ok=True)
     keep = False
+    lock = FileLock(work / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"another run is writing {output}",
+            f"it holds {work / 'lock'}",
+            "wait until it ends, or choose another output",
+        ) from None
     try:
         yield work
     except OSError as error:
@@ -232,6 +243,7 @@ def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
         keep = keep_on_error and not isinstance(error, KVShareError)
         raise
     finally:
+        lock.release()
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
 

@@ -232,4 +232,6 @@ def _measure(folder: Path, teacher: Any, tokenizer: Any, recipe: Recipe, progres
 
 def _named(data: str) -> str:
     """What the report calls the text: a file's name without its folder."""
-    return "text written by the source" if data == SELF else Path(data).name if Path(data).suffix else data
+    if data == SELF:
+        return "text written by the source"
+    return Path(data).name if Path(data).is_file() else data

@@ -77,7 +77,7 @@ class Heal(_Settings):
     data: str = "self"
     tokens: Positive = 655_360
     sequence_length: Positive = 512
-    batch_tokens: Positive = 8_192
+    batch_tokens: Positive = 2_048
     learning_rate: PositiveReal | None = None
     """None: 2e-3 for a hidden_size of 128, falling with its square root."""
     shared_rate: PositiveReal = 0.05

@@ -143,3 +143,13 @@ def test_the_public_names_are_where_the_front_door_says() -> None:
         assert getattr(kvshare, name).__module__ == f"kvshare.{home}"
     with pytest.raises(AttributeError, match="'nothing'"):
         kvshare.nothing  # noqa: B018
+
+
+def test_the_readme_shows_every_file() -> None:
+    root = Path(__file__).parent.parent
+    tree = (root / "README.md").read_text(encoding="utf-8").partition("## The tree")[2]
+    for file in [*root.glob("kvshare/**/*.py"), *root.glob("cli/*.py")]:
+        name = str(file.relative_to(root / "kvshare")) if "kvshare" in file.relative_to(root).parts[:1] else file.name
+        assert name in tree or file.parent.name == "tiny", name
+    for recipe in root.glob("recipes/*.yaml"):
+        assert recipe.stem in tree

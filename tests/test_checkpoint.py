@@ -202,6 +202,16 @@ def test_killed_at_a_write_leaves_no_output_and_reruns_to_the_same_bytes(
     assert not checkpoints.work_folder(output).exists()
 
 
+def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with checkpoints.workspace(output) as work:
+        (work / "half-done").write_text("of the first run")
+        with pytest.raises(UsageError, match="another run"), checkpoints.workspace(output):
+            pass
+        assert (work / "half-done").exists()
+    assert not work.exists()
+
+
 def test_publish_replaces_by_renaming(tmp_path: Path) -> None:
     for name, content in (("out", "old"), ("new", "new")):
         (tmp_path / name).mkdir()
