@@ -145,6 +145,15 @@ def test_what_is_shared_in_disguise_is_found_without_loss(grouping: Grouping, ki
     torch.testing.assert_close(attend(merged, x)[1], expected, atol=1e-5, rtol=1e-5)
 
 
+def assert_merged_alike(layer: AttentionWeights, disguised: AttentionWeights, kv_heads: int) -> None:
+    """One function in two disguises is merged in one way, at one loss, to one function."""
+    assert_same_function(disguised, layer)
+    (plain, first), (other, second) = merge(layer, kv_heads), merge(disguised, kv_heads)
+    assert first.grouping == second.grouping
+    assert second.lost == pytest.approx(first.lost, rel=1e-5)
+    assert_same_function(other, plain, 1e-4)
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_another_basis_of_the_values_changes_nothing(kv_heads: int) -> None:
     layer = random_layer(3)
@@ -153,11 +162,7 @@ def test_another_basis_of_the_values_changes_nothing(kv_heads: int) -> None:
     v = (bases @ layer.v.view(4, WIDTH, HIDDEN)).reshape(-1, HIDDEN)
     o = torch.einsum("ohqi,hij->ohqj", layer.o.view(HIDDEN, 4, 2, WIDTH), torch.linalg.inv(bases)).reshape(HIDDEN, -1)
     disguised = replace(layer, v=v, o=o)
-    assert_same_function(disguised, layer)
-    (plain, first), (other, second) = merge(layer, kv_heads), merge(disguised, kv_heads)
-    assert first.grouping == second.grouping
-    assert second.lost == pytest.approx(first.lost, rel=1e-5)
-    assert_same_function(other, plain, 1e-4)
+    assert_merged_alike(layer, disguised, kv_heads)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -168,11 +173,7 @@ def test_another_scale_of_every_key_pair_changes_nothing(kv_heads: int) -> None:
     k = (gauge_matrix(z) @ layer.k.view(4, WIDTH, HIDDEN)).reshape(-1, HIDDEN)
     q = torch.einsum("hij,hqjd->hqid", gauge_matrix(1 / z.conj()), layer.q.view(4, 2, WIDTH, HIDDEN)).reshape(-1, HIDDEN)
     disguised = replace(layer, k=k, q=q)
-    assert_same_function(disguised, layer)
-    (plain, first), (other, second) = merge(layer, kv_heads), merge(disguised, kv_heads)
-    assert first.grouping == second.grouping
-    assert second.lost == pytest.approx(first.lost, rel=1e-5)
-    assert_same_function(other, plain, 1e-4)
+    assert_merged_alike(layer, disguised, kv_heads)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
