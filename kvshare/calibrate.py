@@ -1,19 +1,20 @@
-"""What a layer sees: hidden states that travel from layer to layer, and the moments taken on the way.
+"""What a layer sees: hidden states that travel from layer to layer, and how they are attended to.
 
-In: a loaded model and calibration tokens. Out: layer inputs, attention inputs and outputs, `Moments`.
+In: a loaded model and calibration tokens. Out: layer inputs, attention inputs and outputs, second moments of head outputs.
 Never: keeps the activations of more than one layer, changes a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvshare.merge import AttentionWeights, Moments
+from kvshare.moments import Attending
 
 BATCH_TOKENS = 8_192
 
@@ -84,6 +85,32 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
+def attending(attention: nn.Module, call: LayerCall) -> Attending:
+    """How an attention module attends in `call`, which is that of a row without padding.
+
+    Args:
+        attention: of a family whose module has `apply_rotary_pos_emb`.
+        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if attention is more than causal.
+    """
+    cos, sin = call.arguments["position_embeddings"]
+    apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    tokens = cos.shape[1]
+    mask = call.arguments.get("attention_mask")
+    if mask is None:
+        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=cos.device).tril()
+    else:
+        visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+
+    def rotate(x: Tensor, at: Tensor) -> Tensor:
+        return apply(x, x, cos[:, at], sin[:, at])[1]
+
+    def unrotate(x: Tensor, at: Tensor) -> Tensor:
+        return apply(x, x, cos[:, at], -sin[:, at])[1]
+
+    scaling: Any = attention.scaling
+    return Attending(rotate, unrotate, visible, float(scaling))
+
+
 def batches(rows: Tensor) -> Iterator[Tensor]:
     """Cut (rows, length, ...) into runs of about `BATCH_TOKENS` tokens."""
     yield from rows.split(max(1, BATCH_TOKENS // rows.shape[1]))
@@ -142,64 +169,3 @@ class OutputSums:
         w = output.double()
         missed = self.energy - 2 * float((w * self.cross).sum()) + float(((w @ self.heads) * w).sum())
         return max(missed, 0.0) / max(self.energy, 1e-30)
-
-
-class MomentSums:
-    """Running sums of a layer's `Moments`, float64, one batch of attention inputs at a time."""
-
-    def __init__(self, weights: AttentionWeights) -> None:
-        self.weights = weights
-        self.has_bias = weights.k_bias is not None or weights.v_bias is not None
-        width = 2 * weights.kv_heads * weights.head_dim
-        device = weights.q.device
-        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.first = torch.zeros(width, dtype=torch.float64, device=device)
-        self.queries = torch.zeros(weights.query_heads, weights.head_dim // 2, dtype=torch.float64, device=device)
-        self.weight, self.tokens = 0.0, 0
-
-    def add(self, inputs: Tensor) -> None:
-        """Add a batch of attention inputs (tokens, hidden)."""
-        w = self.weights
-        states = inputs @ torch.cat([w.k, w.v]).to(inputs).T  # (tokens, 2 * kv heads * head_dim)
-        biases = self._biases().to(inputs)
-        states = states + biases
-        if w.key_norm is not None:
-            # Norms ignore scale: an error counts relative to the key it changes. The mean weight is set to 1 at the end.
-            keys = states[:, : states.shape[1] // 2]
-            scale = 1 / keys.square().mean(-1, keepdim=True).clamp_min(1e-12)
-        else:
-            scale = torch.ones_like(states[:, :1])
-        doubles, scale = states.double(), scale.double()
-        self.second += doubles.T @ (doubles * scale)
-        self.first += (doubles * scale).sum(0)
-        self.weight += float(scale.sum())
-        queries = inputs @ w.q.to(inputs).T
-        if w.q_bias is not None:
-            queries = queries + w.q_bias.to(inputs)
-        queries = queries.view(len(inputs), w.query_heads, w.head_dim)
-        if w.query_norm is not None:
-            queries = queries * queries.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() * w.query_norm.to(inputs)
-        pairs = queries.double().square().sum(0)  # (query heads, head_dim)
-        half = w.head_dim // 2
-        self.queries += (pairs[:, :half] + pairs[:, half:]) / 2
-        self.tokens += len(inputs)
-
-    def _biases(self) -> Tensor:
-        w = self.weights
-        return torch.cat(
-            [
-                torch.zeros(part.shape[0], dtype=torch.float64) if bias is None else bias.double().cpu()
-                for part, bias in ((w.k, w.k_bias), (w.v, w.v_bias))
-            ]
-        )
-
-    def moments(self) -> Moments:
-        """The moments of all batches so far."""
-        shape = (2, self.weights.kv_heads, self.weights.head_dim)
-        second, mean = self.second / self.weight, torch.zeros_like(self.first)
-        projected = torch.zeros_like(mean)
-        if self.has_bias:
-            mean = self.first / self.weight
-            second = second - torch.outer(mean, mean)
-            projected = mean - self._biases().to(mean)
-        return Moments(second.view(*shape, *shape), mean.view(shape), projected.view(shape), self.queries / self.tokens)

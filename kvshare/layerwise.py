@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, MomentSums, OutputSums, batches, enters, first_inputs, run_layer
+from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, run_layer
 from kvshare.families import Family
 from kvshare.fit import fit_layer
-from kvshare.merge import AttentionWeights, Moments
+from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.refit import refit_output
-from kvshare.merge.regroup import Grouping, MergeReport, merge_svd
+from kvshare.merge.regroup import MergeReport, merge_svd, search_grouping, solve_layer
+from kvshare.moments import MomentSums
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
@@ -150,28 +151,50 @@ def _source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCa
 def _merge_layer(
     view: _View, head_dim: int, kv_heads: int, recipe: Recipe, index: int, progress: Progress
 ) -> tuple[AttentionWeights, LayerReport]:
-    attention = attention_of(view.layer, view.family)
-    weights = read_weights(attention, view.family, head_dim)
-    sums = MomentSums(weights)
-    for batch in batches(view.hidden):
-        sums.add(enters(view.layer, attention, batch.to(view.device), view.call).flatten(0, 1))
-    merged, report, balance = _closed_form(view, weights, sums.moments(), kv_heads, recipe.merge)
+    weights = read_weights(attention_of(view.layer, view.family), view.family, head_dim)
+    moments = _moments(view, weights, _grouping(view, weights, kv_heads))
+    merged, report, balance = _closed_form(view, weights, moments, recipe.merge)
     merged, error = _refitted(view, merged, recipe.merge)
     if recipe.init == "learned":
         merged, error = _refitted(view, _learn(view, merged, recipe, index, progress), recipe.merge)
     return merged, LayerReport(index, report.lost, error, balance, report.condition, report.grouping)
 
 
+def _grouping(view: _View, weights: AttentionWeights, kv_heads: int) -> Grouping:
+    """Which source heads end in which output head, searched on part of the calibration text where there is a choice."""
+    heads = tuple(range(weights.kv_heads))
+    if kv_heads == len(heads):
+        return tuple((head,) for head in heads)
+    if kv_heads == 1:
+        return (heads,)
+    share = replace(view, hidden=view.hidden[: _share(view.hidden)])
+    return search_grouping(weights, _moments(share, weights, (heads,), plain=True), kv_heads)
+
+
+def _share(hidden: Tensor) -> int:
+    """Rows that are enough to choose between alternatives."""
+    return max(1, len(hidden) // 4)
+
+
+def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, plain: bool = False) -> Moments:
+    attention = attention_of(view.layer, view.family)
+    sums = MomentSums(weights, grouping, plain)
+    how = attending(attention, view.call)
+    for batch in batches(view.hidden):
+        sums.add(enters(view.layer, attention, batch.to(view.device), view.call), how)
+    return sums.moments()
+
+
 def _closed_form(
-    view: _View, weights: AttentionWeights, moments: Moments, kv_heads: int, settings: Merge
+    view: _View, weights: AttentionWeights, moments: Moments, settings: Merge
 ) -> tuple[AttentionWeights, MergeReport, float]:
     """The closed form at the balance of least output error on part of the calibration text."""
-    share = max(1, len(view.hidden) // 4)
+    share = _share(view.hidden)
     best: tuple[float, AttentionWeights, MergeReport, float] | None = None
-    grouping: Grouping | None = None
-    for balance in sorted(settings.balance, key=lambda value: abs(value - 1)):
-        merged, report = merge_svd(weights, moments, kv_heads, balance, grouping)
-        grouping = report.grouping
+    solutions = None
+    for balance in settings.balance:
+        solutions = solve_layer(weights, moments, balance, solutions)
+        merged, report = merge_svd(weights, moments.grouping, solutions)
         if len(settings.balance) == 1:
             return merged, report, balance
         outputs = _output_sums(view, merged, view.hidden[:share], view.wanted[:share])

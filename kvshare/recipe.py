@@ -53,8 +53,8 @@ class Calibration(_Settings):
 class Merge(_Settings):
     """What the closed form does beyond its formula (method.md, section 2)."""
 
-    balance: tuple[PositiveReal, ...] = Field((0.25, 0.5, 1.0), min_length=1)
-    """Weights of the value error against the key error to try per layer; the one with the least output error is kept."""
+    balance: tuple[PositiveReal, ...] = Field((8.0, 4.0, 2.0, 1.0), min_length=1)
+    """Weights of the key error against the value error to try per layer; the one with the least output error is kept."""
     refit: bool = True
     """Refit the output projection of every layer by ridge regression."""
     sequential: bool = True

@@ -17,6 +17,7 @@ LAYERS = [
     ["errors"],
     ["recipe", "families", "source"],
     ["planning", "merge", "progress", "data"],
+    ["moments"],
     ["calibrate"],
     ["fit"],
     ["layerwise"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -10,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshare.calibrate import MomentSums, OutputSums
-from kvshare.merge import AttentionWeights, Moments
+from kvshare.calibrate import OutputSums
+from kvshare.merge import AttentionWeights, Grouping, Moments, svd
 from kvshare.merge.mean import merge_mean
 from kvshare.merge.refit import refit_output
-from kvshare.merge.regroup import Grouping, MergeReport, _Problems, choose_grouping, merge_svd
-from kvshare.merge.svd import _gauge, _project, _readers, gauge_matrix, solve_group, to_complex, to_real
+from kvshare.merge.regroup import MergeReport, _problem, choose_grouping, merge_svd, search_grouping, solve_layer
+from kvshare.merge.svd import GroupProblem, _gradient, _read, gauge_matrix, solve_group, to_complex, to_real
+from kvshare.moments import EVEN, ROPE_AVERAGE, Attending, MomentSums
 
-HIDDEN, WIDTH, TOKENS = 48, 8, 400
+HIDDEN, WIDTH, ROWS, LENGTH = 48, 8, 20, 24
 KINDS = ["plain", "biases", "norms"]
 
 
@@ -60,22 +60,63 @@ def planted_layer(seed: int, grouping: Grouping, per_head: int = 2, kind: str = 
     return replace(layer, k_bias=k_bias.flatten(), v_bias=v_bias.flatten()) if kind == "biases" else layer
 
 
-def inputs(seed: int = 0, tokens: int = TOKENS) -> Tensor:
-    """Attention inputs (tokens, hidden) with a mean and unequal directions, as trained models have."""
+def inputs(seed: int = 0, rows: int = ROWS) -> Tensor:
+    """Attention inputs (rows, tokens, hidden) with a mean and unequal directions, as trained models have."""
     g = torch.Generator().manual_seed(seed + 77)
-    return normal(g, tokens, HIDDEN) @ (torch.eye(HIDDEN, dtype=torch.float64) + 0.3 * normal(g, HIDDEN, HIDDEN)) + normal(
-        g, HIDDEN
-    )
+    mixed = normal(g, rows, LENGTH, HIDDEN) @ (torch.eye(HIDDEN, dtype=torch.float64) + 0.3 * normal(g, HIDDEN, HIDDEN))
+    return mixed + normal(g, HIDDEN)
 
 
-def moments(layer: AttentionWeights, x: Tensor | None = None) -> Moments:
-    sums = MomentSums(layer)
-    sums.add(inputs() if x is None else x)
+def attending(dtype: torch.dtype = torch.float64) -> Attending:
+    """Causal attention with rope."""
+
+    def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
+        angle = sign * at.double()[:, None] * 10000 ** (-torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2))
+        return to_real(to_complex(x.double()) * torch.polar(torch.ones_like(angle), angle)).to(dtype)
+
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    return Attending(lambda x, at: turn(x, at, 1), lambda x, at: turn(x, at, -1), causal, WIDTH**-0.5)
+
+
+def moments(layer: AttentionWeights, grouping: Grouping, x: Tensor | None = None, plain: bool = False) -> Moments:
+    x = inputs() if x is None else x
+    sums = MomentSums(layer, grouping, plain)
+    sums.add(x, attending(x.dtype))
     return sums.moments()
 
 
-def merge(layer: AttentionWeights, kv_heads: int, grouping: Grouping | None = None) -> tuple[AttentionWeights, MergeReport]:
-    return merge_svd(layer, moments(layer), kv_heads, grouping=grouping)
+def singles(heads: int) -> Grouping:
+    return tuple((head,) for head in range(heads))
+
+
+def grouping_of(layer: AttentionWeights, kv_heads: int, x: Tensor | None = None) -> Grouping:
+    """As a conversion chooses it."""
+    return search_grouping(layer, moments(layer, (tuple(range(layer.kv_heads)),), x, plain=True), kv_heads)
+
+
+def merge(
+    layer: AttentionWeights, kv_heads: int, grouping: Grouping | None = None, x: Tensor | None = None, balance: float = 1.0
+) -> tuple[AttentionWeights, MergeReport]:
+    grouping = grouping or grouping_of(layer, kv_heads, x)
+    return merge_svd(layer, grouping, solve_layer(layer, moments(layer, grouping, x), balance))
+
+
+def problem_of(layer: AttentionWeights, group: tuple[int, ...], x: Tensor | None = None) -> GroupProblem:
+    rest = tuple(head for head in range(layer.kv_heads) if head not in group)
+    found = moments(layer, (group, rest), x)
+    return _problem(layer, group, found.keys[0], found.values[0], found.key_metric, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identities hold for weights that are stored as they are computed."""
+    monkeypatch.setattr(svd, "ROUNDING", 0.0)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a search are the same in any disguise; after many, the last digits of two searches have grown apart."""
+    monkeypatch.setattr(svd, "ITERATIONS", 8)
 
 
 def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,7 +149,7 @@ def attend(layer: AttentionWeights, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_same_function(given: AttentionWeights, wanted: AttentionWeights, tolerance: float = 1e-6) -> None:
-    x = inputs(5, 24)
+    x = inputs(5, 1)[0]
     torch.testing.assert_close(attend(given, x)[1], attend(wanted, x)[1], atol=tolerance, rtol=tolerance)
 
 
@@ -125,7 +166,7 @@ def test_a_layer_that_is_shared_already_stays_the_same_function(kind: str) -> No
     assert_shared(merged, 4)
     assert report.lost < 1e-9
     assert_same_function(merged, layer)
-    x = inputs(5, 24)
+    x = inputs(5, 1)[0]
     scores, expected = attend(merged, x)[0], attend(layer, x)[0]
     torch.testing.assert_close(scores - scores[..., :1], expected - expected[..., :1], atol=1e-6, rtol=1e-6)
 
@@ -140,7 +181,7 @@ def test_what_is_shared_in_disguise_is_found_without_loss(grouping: Grouping, ki
     assert_shared(merged, len(grouping))
     assert report.lost < 1e-9
     assert {frozenset(group) for group in report.grouping} == {frozenset(group) for group in grouping}
-    x = inputs(5, 24)
+    x = inputs(5, 1)[0]
     expected = attend(layer, x)[1].view(24, HIDDEN)
     torch.testing.assert_close(attend(merged, x)[1], expected, atol=1e-5, rtol=1e-5)
 
@@ -154,6 +195,7 @@ def assert_merged_alike(layer: AttentionWeights, disguised: AttentionWeights, kv
     assert_same_function(other, plain, 1e-4)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_another_basis_of_the_values_changes_nothing(kv_heads: int) -> None:
     layer = random_layer(3)
@@ -165,6 +207,7 @@ def test_another_basis_of_the_values_changes_nothing(kv_heads: int) -> None:
     assert_merged_alike(layer, disguised, kv_heads)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_another_scale_of_every_key_pair_changes_nothing(kv_heads: int) -> None:
     layer = random_layer(3)
@@ -176,6 +219,7 @@ def test_another_scale_of_every_key_pair_changes_nothing(kv_heads: int) -> None:
     assert_merged_alike(layer, disguised, kv_heads)
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_what_the_norms_of_queries_and_keys_share_changes_nothing(kv_heads: int) -> None:
     layer = random_layer(3, kind="norms")
@@ -190,76 +234,148 @@ def test_what_the_norms_of_queries_and_keys_share_changes_nothing(kv_heads: int)
     assert_same_function(other, plain, 1e-4)
 
 
-def loss_of(layer: AttentionWeights, x: Tensor, shared: Tensor, grouping: Grouping) -> float:
-    """The weighted error of method.md that is left when each group keeps `shared` (tokens, groups, head_dim), over all energy.
-
-    Computed from activations, with the best complex scale per rope pair and the best value readers for these numbers.
+def error_of(layer: AttentionWeights, x: Tensor, kept: Tensor, head: int) -> float:
+    """The cost of method.md when one source head keeps `kept` (rows, tokens, head_dim), written out pair by pair of tokens,
+    with the best value reader, found on the data.
     """
-    keys, values = heads_of(x, layer.k, None), heads_of(x, layer.v, None)
-    queries = heads_of(x, layer.q, None).view(len(x), layer.kv_heads, -1, WIDTH)
-    pairs = to_complex(queries).abs().square().mean(0).sum(1) / 2  # (kv heads, half)
-    out = layer.o.view(HIDDEN, layer.kv_heads, -1, WIDTH)
-    key_errors, value_errors, key_energy, value_energy = 0.0, 0.0, 0.0, 0.0
-    for index, group in enumerate(grouping):
-        s = shared[:, index]
-        for head in group:
-            wanted, kept = to_complex(keys[:, head]), to_complex(s)
-            z = (wanted * kept.conj()).sum(0) / kept.abs().square().sum(0)
-            key_errors += float(((wanted - z * kept).abs().square().mean(0) * pairs[head]).sum())
-            key_energy += float((wanted.abs().square().mean(0) * pairs[head]).sum())
-            missed = values[:, head] - s @ torch.linalg.lstsq(s, values[:, head]).solution
-            value_errors += float(torch.einsum("oqi,ti->toq", out[:, head], missed).square().sum() / len(x))
-            value_energy += float(torch.einsum("oqi,ti->toq", out[:, head], values[:, head]).square().sum() / len(x))
-    return (key_errors / key_energy + value_errors / value_energy) / 2
+    missed = kept - heads_of(x.flatten(0, 1), layer.k, None).view(*x.shape[:2], -1, WIDTH)[:, :, head]
+    importance, metric, attention = written_out(layer, x, head)
+    keys = torch.einsum("rj,rjc,cd,rjd->", importance, missed, metric, missed) / importance.sum()
+    values = heads_of(x.flatten(0, 1), layer.v, None).view(*x.shape[:2], -1, WIDTH)[:, :, head]
+    pooled = [torch.einsum("rqij,rjd->rqid", attention, part).reshape(-1, WIDTH) for part in (kept, values)]
+    left = pooled[1] - pooled[0] @ torch.linalg.lstsq(pooled[0], pooled[1]).solution
+    out = layer.o.view(HIDDEN, layer.kv_heads, -1, WIDTH)[:, head]
+    return float(keys + torch.einsum("oqd,td->qto", out, left).square().sum() / len(left))
+
+
+def written_out(layer: AttentionWeights, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of a head's keys (rows, tokens), its Lambda and its attention weights (rows, queries, i, j), without shortcuts."""
+    rows, tokens, _ = x.shape
+    served = slice(2 * head, 2 * head + 2)
+    k, v, q = (
+        heads_of(x.flatten(0, 1), weight, bias).view(rows, tokens, -1, WIDTH)
+        for weight, bias in ((layer.k, layer.k_bias), (layer.v, layer.v_bias), (layer.q, layer.q_bias))
+    )
+    k, v, q = k[:, :, head], v[:, :, head], q[:, :, served]
+    positions = torch.arange(tokens)
+    relative = positions[:, None] - positions  # i - j
+    frequencies = 10000 ** (-torch.arange(WIDTH // 2, dtype=torch.float64) / (WIDTH // 2))
+    turned = to_complex(q)[:, :, None] * torch.polar(
+        torch.ones(1, dtype=torch.float64), relative[..., None, None] * frequencies
+    )  # (rows, i, j, queries, half): the query as key j sees it
+    seen = to_real(turned) * WIDTH**-0.5
+    scores = torch.einsum("rijqd,rjd->rqij", seen, k).masked_fill(relative < 0, -torch.inf)
+    attention = scores.softmax(-1)
+    outputs = torch.einsum("rqij,rjd->rqid", attention, v)
+    out = layer.o.view(HIDDEN, layer.kv_heads, -1, WIDTH)[:, head]
+    moved = torch.einsum("oqd,rqijd->rqijo", out, v[:, None, None] - outputs[:, :, :, None])
+    costs = attention.square() * moved.square().sum(-1)
+    energies = to_complex(k).abs().square().mean(1) / 2  # of rope pairs over a row, (rows, half)
+    importance = torch.einsum("rqij,rijqd,rd->rj", costs, seen.square(), torch.cat([energies, energies], -1))
+    metric = torch.einsum("rqij,rijqc,rijqd->cd", costs, seen, seen) / (rows * tokens)
+    pairs = (metric.diagonal()[: WIDTH // 2] + metric.diagonal()[WIDTH // 2 :]) / 2
+    metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag(torch.cat([pairs, pairs]))
+    importance = (1 - EVEN) * importance + EVEN * importance.mean(1, keepdim=True)
+    return importance, metric, attention
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["plain", "biases"])
+def test_moments_are_what_they_say(kind: str, seed: int) -> None:
+    layer, x = random_layer(80 + seed, kind=kind), inputs(seed, 6)
+    found = moments(layer, ((0, 2), (1, 3)), x)
+    both = torch.stack([heads_of(x.flatten(0, 1), layer.k, None), heads_of(x.flatten(0, 1), layer.v, None)], 1)
+    for place, group in enumerate(found.grouping):
+        u = both[:, :, list(group)].view(6, LENGTH, -1)
+        u = torch.cat([u, torch.ones_like(u[..., :1])], -1) if kind == "biases" else u
+        for head, keys, values in zip(group, found.keys[place], found.values[place], strict=True):
+            importance, metric, attention = written_out(layer, x, head)
+            torch.testing.assert_close(found.key_metric[head], metric, rtol=1e-8, atol=1e-12)
+            torch.testing.assert_close(keys, torch.einsum("rj,rjm,rjn->mn", importance, u, u) / importance.sum())
+            pooled = torch.einsum("rqij,rjn->rqin", attention, u).reshape(-1, u.shape[-1])
+            torch.testing.assert_close(values, pooled.T @ pooled / len(pooled))
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_nothing_simple_loses_less(seed: int, kv_heads: int) -> None:
-    layer, x = random_layer(10 + seed), inputs(seed)
-    merged, report = merge_svd(layer, moments(layer, x), kv_heads)
-    lost = loss_of(layer, x, heads_of(x, merged.k, None), report.grouping)
-    assert lost == pytest.approx(report.lost, rel=1e-3)
-    keys, values = heads_of(x, layer.k, None), heads_of(x, layer.v, None)
-    guess = normal(torch.Generator().manual_seed(seed), HIDDEN, kv_heads * WIDTH)
-    rivals: dict[str, Callable[[list[int]], Tensor]] = {
-        "first key": lambda group: keys[:, group[0]],
-        "mean key": lambda group: keys[:, group].mean(1),
-        "first value": lambda group: values[:, group[0]],
-        "mean value": lambda group: values[:, group].mean(1),
-        "mean of both": lambda group: (keys + values)[:, group].mean(1) / 2,
-    }
-    for name, keep in rivals.items():
-        shared = torch.stack([keep(list(group)) for group in report.grouping], 1)
-        assert lost < loss_of(layer, x, shared, report.grouping), name
-    assert lost < loss_of(layer, x, heads_of(x, guess.T, None), report.grouping)
+def test_the_loss_is_the_cost_of_the_formula(seed: int) -> None:
+    layer, x = random_layer(10 + seed), inputs(seed, 8)
+    found = moments(layer, singles(4), x)
+    for head, solution in enumerate(solve_layer(layer, found)):
+        states = torch.cat([part.view(4, WIDTH, HIDDEN)[head] for part in (layer.k, layer.v)])
+        kept = x @ (solution.projection @ states).T
+        assert solution.loss == pytest.approx(error_of(layer, x, kept, head), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("group", [(1,), (0, 3), (0, 1, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_simple_loses_less(kind: str, group: tuple[int, ...], seed: int) -> None:
+    problem = problem_of(random_layer(10 + seed, kind=kind), group, inputs(seed))
+    best = solve_group(problem)
+    n, zero = problem.numbers, torch.zeros(WIDTH, dtype=torch.float64)
+    keys, values = problem.key_target[..., :n], problem.value_target[..., :n]
+    guess = normal(torch.Generator().manual_seed(seed), WIDTH, n)
+    rivals = [keys[0], values[0], keys.mean(0), values.mean(0), (keys + values).mean(0) / 2, guess]
+    assert all(best.loss < _read(problem, rival, zero, zero).loss for rival in rivals)
+    assert 0 < best.loss < best.energy
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_head_cannot_be_improved_by_small_changes(kind: str) -> None:
-    layer = random_layer(20, kind=kind)
-    problem = _Problems(layer, moments(layer), 1.0).of((1,))
-    best = solve_group(problem)
+@pytest.mark.parametrize("group", [(1,), (0, 3)])
+def test_small_changes_do_not_improve_the_solution(group: tuple[int, ...], kind: str) -> None:
+    problem = problem_of(random_layer(20, kind=kind), group)
+    solution = solve_group(problem, 1000)
+    centred, mean = svd._centred(problem)
+    key, value = (constant + solution.projection @ mean for constant in (solution.key_constant, solution.value_constant))
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
-        moved = best.projection + 1e-2 * best.projection.abs().mean() * normal(g, *best.projection.shape)
-        assert _readers(problem, moved, _gauge(problem, moved, best)).loss > best.loss * (1 - 1e-6)
+        moved = solution.projection + 1e-2 * solution.projection.abs().mean() * normal(g, *solution.projection.shape)
+        assert _read(centred, moved, key, value).loss > solution.loss
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", [(1,), (0, 1, 3)])
+def test_the_slope_of_the_loss_is_its_slope(group: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(svd, "ROUNDING", 1e-3)
+    problem = problem_of(random_layer(20, kind=kind), group)
+    n, g = problem.numbers, torch.Generator().manual_seed(3)
+    point = torch.cat([normal(g, WIDTH, n), normal(g, WIDTH, 2) * (kind == "biases")], 1)
+    direction = torch.cat([normal(g, WIDTH, n), normal(g, WIDTH, 2) * (kind == "biases")], 1)
+
+    def loss_at(step: float) -> float:
+        values = point + step * direction
+        return _read(problem, values[:, :n], values[:, n], values[:, n + 1]).loss
+
+    slope = float((_gradient(problem, _read(problem, point[:, :n], point[:, n], point[:, n + 1])) * direction).sum())
+    assert (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_of_the_alternation_makes_it_worse(kind: str, seed: int) -> None:
-    layer = random_layer(30 + seed, kind=kind)
-    problem = _Problems(layer, moments(layer), 1.0).of((0, 1, 3))
-    current = solve_group(problem, iterations=0)
-    losses = [current.loss]
-    for _ in range(25):
-        projection = _project(problem, current)
-        current = _readers(problem, projection, _gauge(problem, projection, current), current)
-        losses.append(current.loss)
-    assert all(after <= before * (1 + 1e-7) for before, after in pairwise(losses))
-    assert losses[-1] < losses[0]
-    assert solve_group(problem).loss <= losses[-1] * (1 + 1e-5)
+def test_longer_searches_are_never_worse(kind: str, seed: int) -> None:
+    problem = problem_of(random_layer(30 + seed, kind=kind), (0, 1, 3))
+    solutions = [solve_group(problem, iterations) for iterations in (0, 3, 10, 60)]
+    assert all(after.loss <= before.loss for before, after in pairwise(solutions))
+    assert solutions[-1].loss < solutions[0].loss
+    assert solve_group(problem, start=solutions[1]).loss <= solutions[1].loss * (1 + 1e-9)
+
+
+def test_readers_do_not_amplify_what_rounding_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that lie where keys have almost nothing: read exactly they would need a reader of enormous gain."""
+    layer = random_layer(33)
+    weak = torch.ones(4, WIDTH, 1, dtype=torch.float64)
+    weak[:, 0] = 1e-5
+    layer = replace(layer, k=(layer.k.view(4, WIDTH, HIDDEN) * weak).reshape(-1, HIDDEN))
+    careless = merge(layer, 4, singles(4))[0]
+    monkeypatch.setattr(svd, "ROUNDING", 1e-5)
+    careful = merge(layer, 4, singles(4))[0]
+    wanted = torch.stack([attend(layer, row)[1] for row in inputs(3, 4)])
+
+    def error(merged: AttentionWeights) -> float:
+        rounded = merged.to(torch.bfloat16).to(torch.float64)
+        return float((torch.stack([attend(rounded, row)[1] for row in inputs(3, 4)]) - wanted).square().mean())
+
+    assert error(careful) <= error(careless)
 
 
 def partitions(heads: tuple[int, ...], size: int) -> list[Grouping]:
@@ -315,7 +431,7 @@ def test_duplicate_heads_in_any_order_lose_nothing(kind: str) -> None:
     merged, report = merge(layer, 3)
     assert report.grouping == ((0, 4), (1, 3), (2, 5))
     assert report.lost < 1e-9
-    assert_same_function(merged, layer, 1e-5)
+    assert_same_function(merged, layer, 1e-3 if kind == "biases" else 1e-5)
 
 
 def test_a_given_grouping_is_followed() -> None:
@@ -331,10 +447,10 @@ def test_a_given_grouping_is_followed() -> None:
 
 
 def test_the_balance_moves_the_error_between_keys_and_values() -> None:
-    layer, x = random_layer(42), inputs()
+    layer, x = random_layer(42), inputs().flatten(0, 1)
     errors = []
-    for balance in (0.01, 1.0, 100.0):
-        merged, _ = merge_svd(layer, moments(layer), 4, balance)
+    for balance in (100.0, 1.0, 0.01):
+        merged, _ = merge(layer, 4, balance=balance)
         kept, wanted = heads_of(x, merged.v, None), heads_of(x, layer.v, None)
         missed = [wanted[:, h] - kept[:, h] @ torch.linalg.lstsq(kept[:, h], wanted[:, h]).solution for h in range(4)]
         errors.append(float(torch.stack(missed).square().sum()))
@@ -384,37 +500,42 @@ def test_refit_never_raises_the_error(seed: int) -> None:
     assert sums.error(refit_output(current, sums.heads, sums.cross)) <= sums.error(current) + 1e-12
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_moments_do_not_depend_on_batches(kind: str) -> None:
+def test_moments_do_not_depend_on_batches(kind: str, plain: bool) -> None:
     layer, x = random_layer(80, kind=kind), inputs()
-    whole, parts = MomentSums(layer), MomentSums(layer)
-    whole.add(x)
-    for part in (x[:7], x[7:8], x[8:300], x[300:]):
-        parts.add(part)
-    assert parts.tokens == whole.tokens == TOKENS
-    for name, value in vars(whole.moments()).items():
-        torch.testing.assert_close(getattr(parts.moments(), name), value, atol=1e-10, rtol=1e-10)
-
-
-def test_moments_are_the_moments_of_the_projections() -> None:
-    layer, x = random_layer(81, kind="biases"), inputs()
-    got = moments(layer)
-    both = torch.stack([heads_of(x, layer.k, layer.k_bias), heads_of(x, layer.v, layer.v_bias)], 1)  # (tokens, 2, heads, dim)
-    mean = both.mean(0)
-    torch.testing.assert_close(got.mean, mean)
-    torch.testing.assert_close(got.second, torch.einsum("tpgi,tqhj->pgiqhj", both - mean, both - mean) / TOKENS)
-    queries = to_complex(heads_of(x, layer.q, layer.q_bias)).abs().square().mean(0) / 2
-    torch.testing.assert_close(got.queries, queries)
+    grouping = ((0, 1, 2, 3),) if plain else ((0, 3), (1, 2))
+    whole, parts = MomentSums(layer, grouping, plain), MomentSums(layer, grouping, plain)
+    whole.add(x, attending())
+    for part in (x[:3], x[3:4], x[4:]):
+        parts.add(part, attending())
+    assert parts.tokens == whole.tokens == ROWS * LENGTH
+    got, wanted = parts.moments(), whole.moments()
+    torch.testing.assert_close([got.keys, got.values, got.key_metric], [wanted.keys, wanted.values, wanted.key_metric])
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_heads_that_share_moments_are_merged_nearly_as_well(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer(82, kind=kind)
+    group = ((0, 1, 2, 3),)
+    best = solve_layer(layer, moments(layer, group))[0]
+    monkeypatch.setattr("kvshare.moments.ROW_SUM", 0)
+    shared = moments(layer, group)
+    assert len(shared.keys[0]) == len(shared.values[0]) == 1
+    merged, report = merge_svd(layer, group, solve_layer(layer, shared))
+    assert_shared(merged, 1)
+    assert report.loss == pytest.approx(best.loss, rel=0.3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_float32_gives_what_float64_gives(kv_heads: int, kind: str) -> None:
     layer, x = random_layer(90, kind=kind), inputs()
     small = layer.to(torch.float32)
-    exact, report = merge_svd(layer, moments(layer, x), kv_heads)
-    rough, rough_report = merge_svd(small, moments(small, x.float()), kv_heads)
+    exact, report = merge(layer, kv_heads, x=x)
+    rough, rough_report = merge(small, kv_heads, x=x.float())
     assert rough.q.dtype == torch.float64
     assert rough_report.grouping == report.grouping
-    assert rough_report.lost == pytest.approx(report.lost, rel=1e-4)
-    assert_same_function(rough, exact, 5e-3)
+    assert rough_report.lost == pytest.approx(report.lost, rel=1e-3)
+    assert_same_function(rough, exact, 5e-2)

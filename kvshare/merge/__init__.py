@@ -60,17 +60,21 @@ class AttentionWeights:
         return replace(self, **changes)
 
 
+Grouping = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Moments:
     """What the closed form needs to know of a layer's activations (float64).
 
-    `second` (2, kv heads, head_dim, 2, kv heads, head_dim) is E[u u^T] of u = (keys, values) before norm and rope, about
-    the mean where the projections have biases; `mean` (2, kv heads, head_dim) is that mean, zero without biases, and
-    `projected_mean` the mean of the projections without their biases. `queries` (query heads, head_dim / 2) is
-    E|q_j|^2 / 2 of each rope pair, after the query norm. With a key norm, tokens weigh 1/|k|^2 (method.md, section 2).
+    `grouping` lists the source KV heads of each output head. Per group of g heads, u = (k_1, ..., k_g, v_1, ..., v_g) are its
+    projections before biases, norm and rope, with a last entry that is constantly 1 where there are biases: n = 2 g head_dim
+    numbers, or one more. `keys` are (g, n, n) or, shared by the heads, (1, n, n): E[u u^T], tokens weighted by what an
+    error in a key does to the attention output. `values`, of the same shapes, are E[u u^T] of u averaged over tokens by the
+    attention weights. `key_metric` (kv heads, head_dim, head_dim) is Lambda: what an error of a weighted token's key costs.
     """
 
-    second: Tensor
-    mean: Tensor
-    projected_mean: Tensor
-    queries: Tensor
+    grouping: Grouping
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    key_metric: Tensor

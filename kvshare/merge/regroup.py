@@ -1,6 +1,6 @@
 """The closed form for a whole layer: which heads to merge, and the weights that follow.
 
-In: `AttentionWeights`, `Moments`, the number of output heads, the balance of value error against key error.
+In: `AttentionWeights`, `Moments`, the number of output heads, the balance of key error against value error.
 Out: `AttentionWeights` with k == v, and a `MergeReport`. Never: sees activations, does IO.
 
 Heads are renumbered: output head 0 serves the first group's query heads, and so on. Rows of q and columns of o move along.
@@ -8,91 +8,112 @@ Heads are renumbered: output head 0 serves the first group's query heads, and so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
 import torch
+from torch import Tensor
 
-from kvshare.merge import AttentionWeights, Moments
+from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.svd import GroupProblem, GroupSolution, gauge_matrix, solve_group
 
 EXHAUSTIVE_HEADS = 16
 PAIR_ITERATIONS = 20  # enough for the order of pair losses; the final solve runs to convergence
 
-Grouping = tuple[tuple[int, ...], ...]
-
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a closed-form merge did: `grouping` of source KV heads, `lost`, the weighted energy dropped as a fraction of
-    what there was (the predicted damage), `condition`, the largest condition number of a value reader.
+    """What a closed-form merge did: `grouping` of source KV heads; `lost`, the weighted energy dropped as a fraction of
+    what there was; `loss`, the same as a squared error of the attention output per token (the predicted damage);
+    `condition`, the largest condition number of a value reader.
     """
 
     grouping: Grouping
     lost: float
+    loss: float
     condition: float
 
 
-def merge_svd(
-    weights: AttentionWeights, moments: Moments, kv_heads: int, balance: float = 1.0, grouping: Grouping | None = None
-) -> tuple[AttentionWeights, MergeReport]:
-    """Share K and V of a layer and regroup its heads, in one solve per output head.
+def solve_layer(
+    weights: AttentionWeights, moments: Moments, balance: float = 1.0, starts: Sequence[GroupSolution] | None = None
+) -> list[GroupSolution]:
+    """Share K and V of a layer and regroup its heads: one solution per output head, all in float64.
 
     Args:
-        weights: the source layer; computed in float64, returned in float64.
-        moments: second moments of its activations.
-        kv_heads: KV heads of the result; divides the source's.
-        balance: b / a with both errors measured relative to their energies.
-        grouping: source KV heads per output head; None searches for the best.
+        weights: the source layer.
+        moments: second moments of its activations, for the groups that are wanted.
+        balance: a / b, the weight of the key error against the value error; 1 is what both do to the output to first order.
+        starts: the solutions at another balance, if there are any; they shorten the search.
     """
     weights = weights.to(torch.float64)
-    problems = _Problems(weights, moments, balance)
-    if grouping is None:
-        grouping = choose_grouping(weights.kv_heads, kv_heads, problems.pair_loss)
-    solutions = [solve_group(problems.of(group)) for group in grouping]
-    merged = _assemble(weights, moments, grouping, solutions)
-    lost = sum(solution.loss for solution in solutions) / max(sum(solution.energy for solution in solutions), 1e-30)
+    known: Sequence[GroupSolution | None] = starts or [None] * len(moments.grouping)
+    return [
+        solve_group(_problem(weights, group, keys, values, moments.key_metric, balance), start=start)
+        for group, keys, values, start in zip(moments.grouping, moments.keys, moments.values, known, strict=True)
+    ]
+
+
+def merge_svd(
+    weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]
+) -> tuple[AttentionWeights, MergeReport]:
+    """The weights of the shared layer, in float64, and what the merge lost.
+
+    Args:
+        weights: the source layer.
+        grouping: the source KV heads of each output head.
+        solutions: one per output head.
+    """
+    merged = _assemble(weights.to(torch.float64), grouping, solutions)
+    loss, energy = (sum(getattr(solution, name) for solution in solutions) for name in ("loss", "energy"))
     condition = max(float(torch.linalg.cond(solution.readers).max()) for solution in solutions)
-    return merged, MergeReport(grouping, lost, condition)
+    return merged, MergeReport(grouping, loss / max(energy, 1e-30), loss, condition)
 
 
-class _Problems:
-    """Cuts the `GroupProblem` of any set of heads out of a layer."""
+def search_grouping(weights: AttentionWeights, scout: Moments, kv_heads: int) -> Grouping:
+    """The grouping of a layer's heads whose pairs lose least when they are merged.
 
-    def __init__(self, weights: AttentionWeights, moments: Moments, balance: float) -> None:
-        width, heads = weights.head_dim, weights.kv_heads
-        self.moments = moments
-        self.signs_only = weights.query_norm is not None
-        queries = moments.queries.view(heads, -1, width // 2).sum(1)  # lambda, summed over the query heads served
-        self.key_weight = torch.cat([queries, queries], -1)  # (kv heads, head_dim)
-        if weights.key_norm is not None:
-            self.key_weight = self.key_weight * weights.key_norm.square()
-        out = weights.o.view(weights.o.shape[0], heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
-        self.value_metric = torch.einsum("ohqi,ohqj->hij", out, out)  # M
-        second = moments.second
-        own_keys = torch.einsum("hihi->hi", second[0, :, :, 0]) + moments.mean[0].square()
-        own_values = torch.einsum("hihj->hij", second[1, :, :, 1]) + torch.einsum("hi,hj->hij", moments.mean[1], moments.mean[1])
-        self.key_cost = 1 / max(float((self.key_weight * own_keys).sum()), 1e-30)
-        self.value_cost = balance / max(float((self.value_metric * own_values).sum()), 1e-30)
+    Args:
+        weights: the source layer.
+        scout: moments of all heads as one group.
+        kv_heads: KV heads of the result; divides the source's.
+    """
+    weights = weights.to(torch.float64)
+    heads, width = weights.kv_heads, weights.head_dim
+    numbers = torch.arange(2 * heads * width).view(2, heads, width)
+    rest = torch.arange(2 * heads * width, scout.keys[0].shape[-1])
 
-    def of(self, group: tuple[int, ...]) -> GroupProblem:
-        index = torch.tensor(group, device=self.key_weight.device)
-        second = self.moments.second[:, index][:, :, :, :, index].contiguous()
-        return GroupProblem(
-            second,
-            self.moments.mean[0, index],
-            self.moments.mean[1, index],
-            self.key_weight[index],
-            self.value_metric[index],
-            self.key_cost,
-            self.value_cost,
-            self.signs_only,
-        )
+    def pair_loss(first: int, second: int) -> float:
+        index = torch.cat([numbers[:, [first, second]].flatten(), rest]).to(scout.key_metric.device)
+        keys, values = (part[0][:, index[:, None], index] for part in (scout.keys, scout.values))
+        return solve_group(_problem(weights, (first, second), keys, values, scout.key_metric, 1.0), PAIR_ITERATIONS).loss
 
-    def pair_loss(self, first: int, second: int) -> float:
-        return solve_group(self.of((first, second)), PAIR_ITERATIONS).loss
+    return choose_grouping(heads, kv_heads, pair_loss)
+
+
+def _problem(
+    weights: AttentionWeights, group: tuple[int, ...], keys: Tensor, values: Tensor, key_metric: Tensor, balance: float
+) -> GroupProblem:
+    """The problem of one output head."""
+    width, heads, count = weights.head_dim, weights.kv_heads, len(group)
+    numbers = 2 * count * width
+    out = weights.o.view(weights.o.shape[0], heads, -1, width)[:, list(group)]  # (hidden, g, queries per kv head, head_dim)
+    targets = torch.eye(numbers, keys.shape[-1], dtype=torch.float64, device=keys.device).view(2, count, width, -1)
+    for target, bias in zip(targets, (weights.k_bias, weights.v_bias), strict=True):
+        if bias is not None:
+            target[:, :, -1] = bias.view(heads, width)[list(group)]
+    return GroupProblem(
+        keys,
+        values,
+        targets[0],
+        targets[1],
+        balance * key_metric[list(group)],
+        torch.einsum("ohqi,ohqj->hij", out, out),
+        weights.k_bias is not None,
+        weights.v_bias is not None,
+        weights.query_norm is not None,
+    )
 
 
 def choose_grouping(heads: int, groups: int, pair_loss: Callable[[int, int], float]) -> Grouping:
@@ -147,7 +168,7 @@ def _greedy(heads: int, size: int, cost: Callable[[tuple[int, ...]], float]) -> 
     return tuple(groups)
 
 
-def _assemble(weights: AttentionWeights, moments: Moments, grouping: Grouping, solutions: list[GroupSolution]) -> AttentionWeights:
+def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]) -> AttentionWeights:
     """Fold the gauges into q, the readers into o, and lay the heads in their new order."""
     width, heads, hidden = weights.head_dim, weights.kv_heads, weights.q.shape[1]
     query_rows = weights.q.view(heads, -1, width, hidden)  # (kv heads, queries per kv head, head_dim, hidden)
@@ -155,20 +176,16 @@ def _assemble(weights: AttentionWeights, moments: Moments, grouping: Grouping, s
     out = weights.o.view(weights.o.shape[0], heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
     keys, values = (part.view(heads, width, hidden) for part in (weights.k, weights.v))
 
-    shared, q, q_bias, o, k_bias, v_bias = [], [], [], [], [], []
+    shared, q, q_bias, o = [], [], [], []
     for group, solution in zip(grouping, solutions, strict=True):
         index = torch.tensor(group, device=weights.q.device)
-        source = torch.stack([keys[index], values[index]])  # (2, g, head_dim, hidden)
-        shared.append(torch.einsum("dpgi,pgih->dh", solution.projection, source))
+        shared.append(solution.projection @ torch.stack([keys[index], values[index]]).view(-1, hidden))
         # A score is q . B(z) s = (B(z)^T q) . s
         matrices = gauge_matrix(solution.gauge)
         q.append(torch.einsum("gij,gqih->gqjh", matrices, query_rows[index]).reshape(-1, hidden))
         if query_bias is not None:
             q_bias.append(torch.einsum("gij,gqi->gqj", matrices, query_bias[index]).flatten())
         o.append(torch.einsum("ogqi,gij->ogqj", out[:, index], solution.readers).reshape(out.shape[0], -1))
-        projected = torch.einsum("dpgi,pgi->d", solution.projection, moments.projected_mean[:, index])
-        k_bias.append(solution.key_constant - projected)
-        v_bias.append(solution.value_constant - projected)
 
     projection = torch.cat(shared)
     return replace(
@@ -178,6 +195,6 @@ def _assemble(weights: AttentionWeights, moments: Moments, grouping: Grouping, s
         v=projection,
         o=torch.cat(o, dim=1),
         q_bias=torch.cat(q_bias) if q_bias else None,
-        k_bias=None if weights.k_bias is None else torch.cat(k_bias),
-        v_bias=None if weights.v_bias is None else torch.cat(v_bias),
+        k_bias=None if weights.k_bias is None else torch.cat([solution.key_constant for solution in solutions]),
+        v_bias=None if weights.v_bias is None else torch.cat([solution.value_constant for solution in solutions]),
     )

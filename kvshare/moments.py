@@ -1,0 +1,187 @@
+"""What errors in the keys and values of a layer do to its attention output, as second moments.
+
+In: the source weights of one layer, its attention inputs, how it attends. Out: `Moments`.
+Never: keeps activations beyond a batch, changes weights. Formulas: method.md, section 2, with the following weights.
+
+A change dk_j of the key of token j moves the output of query i by p_ij (q_i . R_j dk_j) W_O (v_j - o_i), with p the attention
+weights, q_i rotated, scaled and after its norm, R_j the rotation at j, o_i the output of the head. So to first order, errors of
+different tokens taken as independent, they cost the sum over i and j of W_ij (q_i . R_j dk_j)^2 with
+W_ij = p_ij^2 |W_O (v_j - o_i)|^2. It is kept as two factors: E[u_j u_j^T] of tokens weighted by the sum over i of W_ij times
+the mean square of the scores of q_i, and Lambda, the mean over j of the sum over i of W_ij R_j^T q_i q_i^T R_j.
+A change of values moves the output by W_O times its average over p, so the moments of values are those of averages over p:
+what cancels in the average costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvshare.merge import AttentionWeights, Grouping, Moments
+
+CHUNK_NUMBERS = 1 << 24  # attention weights held at one time
+METRIC_TOKENS = 32  # tokens of a row at which Lambda is taken
+ROPE_AVERAGE = 0.25  # part of Lambda that is averaged over all relative positions, in which rope pairs do not mix
+EVEN = 0.1  # part of the weight of a row's keys that is spread evenly over them
+ROW_SUM = 1 << 27  # numbers in a group's moments beyond which its heads share them
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How a layer attends to rows of equal length.
+
+    `rotate` and `unrotate` take (rows, heads, tokens, head_dim) and the positions of these tokens in the row: R_j x and R_j^T x.
+    `visible` (tokens, tokens) is True where query i may read key j. `scaling` multiplies scores.
+    """
+
+    rotate: Callable[[Tensor, Tensor], Tensor]
+    unrotate: Callable[[Tensor, Tensor], Tensor]
+    visible: Tensor
+    scaling: float
+
+
+class MomentSums:
+    """Running sums of a layer's `Moments`, one batch of attention inputs at a time.
+
+    Args:
+        weights: the source layer.
+        grouping: the source KV heads of each output head.
+        plain: take E[u u^T] itself for keys and values, one matrix for all heads of a group: cheap, and enough to choose a
+            grouping by.
+    """
+
+    def __init__(self, weights: AttentionWeights, grouping: Grouping, plain: bool = False) -> None:
+        self.weights, self.grouping, self.plain = weights, grouping, plain
+        self.has_bias = weights.k_bias is not None or weights.v_bias is not None
+        width, device = weights.head_dim, weights.q.device
+        self.keys, self.values = [], []
+        for group in grouping:
+            numbers = 2 * len(group) * width + self.has_bias
+            count = 1 if plain or len(group) * numbers**2 > ROW_SUM else len(group)
+            self.keys.append(torch.zeros(count, numbers, numbers, dtype=torch.float64, device=device))
+            self.values.append(torch.zeros_like(self.keys[-1]))
+        self.metric = torch.zeros(weights.kv_heads, width, width, dtype=torch.float64, device=device)
+        self.weight = torch.zeros(weights.kv_heads, dtype=torch.float64, device=device)
+        self.tokens, self.sampled = 0, 0
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, attending: Attending) -> None:
+        """Add a batch of attention inputs (rows, tokens, hidden)."""
+        per_row = self.weights.query_heads * inputs.shape[1] ** 2
+        for part in inputs.split(max(1, CHUNK_NUMBERS // per_row)):
+            self._add(part, attending)
+
+    def _add(self, inputs: Tensor, attending: Attending) -> None:
+        w = self.weights
+        rows, tokens, _ = inputs.shape
+        served = w.query_heads // w.kv_heads
+        positions = torch.arange(tokens, device=inputs.device)
+
+        def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
+            states = inputs @ weight.to(inputs).T
+            return (states if bias is None else states + bias.to(inputs)).view(rows, tokens, -1, w.head_dim).transpose(1, 2)
+
+        bare = torch.stack([heads(w.k, None), heads(w.v, None)], 1)  # (rows, 2, kv heads, tokens, head_dim), without biases
+        keys, values = heads(w.k, w.k_bias), heads(w.v, w.v_bias)  # (rows, kv heads, tokens, head_dim)
+        queries = heads(w.q, w.q_bias)  # (rows, query heads, tokens, head_dim)
+        relative = torch.ones_like(keys[..., 0])  # what an error of a key counts: norms ignore scale
+        if w.key_norm is not None:
+            relative = keys.square().mean(-1).clamp_min(1e-12).reciprocal()
+            keys = keys * relative.sqrt()[..., None] * w.key_norm.to(inputs)
+        if w.query_norm is not None:
+            queries = queries * queries.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() * w.query_norm.to(inputs)
+        queries = attending.rotate(queries, positions) * attending.scaling
+        keys = attending.rotate(keys, positions)
+
+        importance = torch.zeros_like(relative)  # (rows, kv heads, tokens)
+        half = w.head_dim // 2
+        energies = keys.square().mean(2)  # (rows, kv heads, head_dim)
+        energies = (energies[..., :half] + energies[..., half:]).repeat(1, 1, 2) / 2  # of rope pairs, which relative positions turn
+        for head in range(w.kv_heads):
+            own = slice(head * served, (head + 1) * served)
+            scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
+            attention = scores.masked_fill(~attending.visible, -torch.inf).softmax(-1)
+            costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None]
+            scores = (queries[:, own].square() * energies[:, head, None, None]).sum(-1, keepdim=True)
+            importance[:, head] = (costs * scores).sum((1, 2))
+            self._add_metric(queries[:, own], costs, head, attending)
+            if not self.plain:
+                self._add_values(attention, bare, head)
+        # Far from first order, a key that nobody reads may be changed so much that it is read.
+        importance = (1 - EVEN) * importance + EVEN * importance.mean(-1, keepdim=True)
+        self.weight += importance.double().sum((0, 2))
+        self.tokens += rows * tokens
+        self._add_keys(bare, importance)
+
+    def _costs(self, attention: Tensor, values: Tensor, own: slice) -> Tensor:
+        """W_ij, (rows, queries, i, j), from attention weights and values (rows, 1, tokens, head_dim)."""
+        w = self.weights
+        out = w.o.to(values).view(len(w.o), -1, w.head_dim)[:, own]  # (hidden, queries, head_dim)
+        metric = torch.einsum("oqc,oqd->qcd", out, out)
+        outputs = attention @ values  # (rows, queries, i, head_dim)
+        read = values @ metric  # (rows, queries, j, head_dim)
+        squares = (read * values).sum(-1)[..., None, :] + ((outputs @ metric) * outputs).sum(-1, keepdim=True)
+        return attention.square() * (squares - 2 * outputs @ read.transpose(-1, -2)).clamp_min(0)
+
+    def _add_metric(self, queries: Tensor, costs: Tensor, head: int, attending: Attending) -> None:
+        """R_j^T (sum_i W_ij q_i q_i^T) R_j at some tokens j of each row."""
+        rows, _, tokens, width = queries.shape
+        at = torch.arange(0, tokens, max(1, tokens // METRIC_TOKENS), device=queries.device)
+        total = torch.zeros(width, width, dtype=torch.float64, device=queries.device)
+        for row in range(rows):
+            weighted = costs[row][:, :, at].transpose(1, 2)[..., None] * queries[row, :, None]  # (queries, j, i, head_dim)
+            outer = torch.einsum("qjic,qid->cjd", weighted, queries[row])[:, None]  # (head_dim, 1, j, head_dim)
+            turned = attending.unrotate(outer, at).transpose(0, 3)  # rotated on one side, then on the other
+            total += attending.unrotate(turned.contiguous(), at).double().sum((1, 2))
+        self.metric[head] += total
+        if head == 0:
+            self.sampled += rows * len(at)
+
+    def _group_inputs(self, bare: Tensor, group: tuple[int, ...]) -> Tensor:
+        """U of a group, (rows, tokens, n)."""
+        rows, _, _, tokens, _ = bare.shape
+        states = bare[:, :, list(group)].permute(0, 3, 1, 2, 4).reshape(rows, tokens, -1)
+        return torch.cat([states, torch.ones_like(states[..., :1])], -1) if self.has_bias else states
+
+    def _add_values(self, attention: Tensor, bare: Tensor, head: int) -> None:
+        """Moments of u averaged by the attention weights (rows, queries, i, j) of a source head."""
+        for sums, group in zip(self.values, self.grouping, strict=True):
+            if head in group:
+                averaged = (attention @ self._group_inputs(bare, group)[:, None]).flatten(0, 2).double()
+                share = attention.shape[1] * (len(group) if len(sums) == 1 else 1)
+                sums[group.index(head) if len(sums) > 1 else 0] += averaged.T @ averaged / share
+
+    def _add_keys(self, bare: Tensor, importance: Tensor) -> None:
+        for keys, values, group in zip(self.keys, self.values, self.grouping, strict=True):
+            states = self._group_inputs(bare, group).flatten(0, 1).double()
+            if self.plain:
+                second = states.T @ states
+                keys[0] += second
+                values[0] += second
+                continue
+            shares = importance[:, list(group)].transpose(0, 1).flatten(1).double()  # (g, tokens)
+            for place, share in enumerate(shares if len(keys) > 1 else shares.sum(0, keepdim=True)):
+                keys[place] += (states * share[:, None]).T @ states
+
+    def moments(self) -> Moments:
+        """The moments of all batches so far."""
+        w = self.weights
+        half = w.head_dim // 2
+        metric = self.metric / self.sampled
+        diagonal = metric.diagonal(dim1=-2, dim2=-1)
+        pairs = (diagonal[:, :half] + diagonal[:, half:]) / 2
+        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag_embed(torch.cat([pairs, pairs], -1))
+        if w.key_norm is not None:
+            norm = w.key_norm.to(metric)
+            metric = norm[:, None] * metric * norm
+        keys = []
+        for sums, group in zip(self.keys, self.grouping, strict=True):
+            if self.plain:
+                keys.append(sums / self.tokens)
+                continue
+            weights = self.weight[list(group)]
+            keys.append(sums / (weights if len(sums) > 1 else weights.sum().view(1)).clamp_min(1e-30)[:, None, None])
+        return Moments(self.grouping, tuple(keys), tuple(sums / self.tokens for sums in self.values), metric)
