@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import PARTS, Family, family_of
+from kvshare.hub import describe
 from kvshare.recipe import Recipe, load_recipe
-from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec, open_source
+from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec
 
 Action = Literal["copy", "merge"]
 CALIBRATED = ("svd", "learned")
@@ -153,7 +154,7 @@ def plan(
     Raises:
         UsageError, UnsupportedModelError, BadCheckpointError: see the modules `recipe`, `families` and `source`.
     """
-    return make_plan(open_source(model), load_recipe(recipe, init=init, kv_heads=kv_heads))
+    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads))
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

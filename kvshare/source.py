@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -129,13 +130,7 @@ def _locate(model: str) -> tuple[str, Path, str | None]:
     if Path(model).is_dir():
         # where a folder lies is nobody's business: only its name goes into outputs
         return Path(model).resolve().name, Path(model), None
-    repository, _, revision = model.partition("@")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
-        raise UsageError(
-            f"no model {model!r}",
-            "it is neither a folder nor a Hub id of the form org/name",
-            "check the path, or write org/name or org/name@revision",
-        )
+    repository, revision = hub_id(model) or ("", None)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -143,17 +138,40 @@ def _locate(model: str) -> tuple[str, Path, str | None]:
         folder = Path(
             snapshot_download(
                 repository,
-                revision=revision or None,
+                revision=revision,
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.md", "*.model", "*.jinja", "LICENSE*", "NOTICE*"],
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UsageError(
-            f"the Hub does not give {model!r}",
-            str(error).splitlines()[0],
-            "check the id, the revision, your network and `hf auth login`; or pass a local folder",
-        ) from None
+        raise refused(model, error) from None
     return repository, folder, folder.name
+
+
+def hub_id(model: str) -> tuple[str, str | None] | None:
+    """Repository and revision of a Hub id; None for `kvshare/tiny` and for a folder.
+
+    Raises:
+        UsageError: `model` is none of the three.
+    """
+    if model == TINY or Path(model).is_dir():
+        return None
+    repository, _, revision = model.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
+        raise UsageError(
+            f"no model {model!r}",
+            "it is neither a folder nor a Hub id of the form org/name",
+            "check the path, or write org/name or org/name@revision",
+        )
+    return repository, revision or None
+
+
+def refused(model: str, error: Exception) -> UsageError:
+    """What a user reads when the Hub does not give a model."""
+    return UsageError(
+        f"the Hub does not give {model!r}",
+        str(error).splitlines()[0] if str(error) else repr(error),
+        "check the id, the revision, your network and `hf auth login`; or pass a local folder",
+    )
 
 
 def weight_files(path: Path) -> tuple[str, ...]:
@@ -253,7 +271,7 @@ def read_header(file: Path) -> list[TensorSpec]:
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     header.pop("__metadata__", None)
-    specs = [_spec(name, entry, file, 8 + length, bad) for name, entry in header.items()]
+    specs = [tensor_spec(name, entry, file.name, 8 + length, bad) for name, entry in header.items()]
     specs.sort(key=lambda spec: (spec.start, spec.end))
     position = 8 + length
     for spec in specs:
@@ -265,7 +283,16 @@ def read_header(file: Path) -> list[TensorSpec]:
     return specs
 
 
-def _spec(name: str, entry: Any, file: Path, base: int, bad: Any) -> TensorSpec:
+def tensor_spec(name: str, entry: Any, file: str, base: int, bad: Callable[[str], BadCheckpointError]) -> TensorSpec:
+    """One entry of a safetensors header, checked.
+
+    Args:
+        name: of the tensor.
+        entry: its dtype, shape and data_offsets, as they were read.
+        file: the name of the file.
+        base: where the file's data starts.
+        bad: makes the error for a reason.
+    """
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         count = 1
@@ -280,7 +307,7 @@ def _spec(name: str, entry: Any, file: Path, base: int, bad: Any) -> TensorSpec:
         raise bad(f"the entry of {name} cannot be read ({error})") from None
     if end - start != expected:
         raise bad(f"{name} takes {end - start} bytes, and its shape {list(shape)} of {dtype} needs {expected}")
-    return TensorSpec(name, dtype, shape, file.name, base + start, base + end)
+    return TensorSpec(name, dtype, shape, file, base + start, base + end)
 
 
 def read_json(file: Path) -> Any:

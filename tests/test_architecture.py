@@ -16,6 +16,7 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["recipe", "families", "source"],
+    ["hub"],
     ["planning", "merge", "progress", "data"],
     ["moments"],
     ["calibrate"],
