@@ -1,7 +1,7 @@
 """Quality of every initialisation and head count, before and after healing, against the same bytes spent otherwise.
 
     python benchmarks/quality.py --train-data heal.txt --eval-data val.txt --out results
-    python benchmarks/quality.py ... --recall-model DIR --recall questions.jsonl
+    python benchmarks/quality.py ... --recall-model DIR --recall questions.jsonl --recall-data ledgers.txt
 
 In: two text files that share no document (calibration and healing read the first, figures come from the second) and,
 for recall, a model that answers questions about its context. Out: `results/quality.json`, one entry per measurement, and
@@ -142,11 +142,11 @@ def recalled(model: str, folder: Path | None, options: argparse.Namespace) -> di
 
 
 def healed_recall(model: str, init: str, heads: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Recall after healing on text that the model itself writes."""
-    folder = converted(model, init, heads, 0, options, "self")
+    """Recall after healing with a quarter of the tokens."""
+    folder = converted(model, init, heads, 0, options, options.recall_data)
     output = options.out / f"{folder.name}-healed"
     if not output.exists():
-        kvshare.heal(folder, output, model, "self", tokens=options.heal_tokens // 4, seed=0)
+        kvshare.heal(folder, output, model, options.recall_data, tokens=options.heal_tokens // 4, seed=0)
     return recalled(model, output, options)
 
 
@@ -200,14 +200,14 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
 
 
 def measure_recall(book: Book, options: argparse.Namespace) -> None:
-    """Recall of a model that can do it: as it was, converted, converted and healed on its own text."""
+    """Recall of a model that can do it: as it was, converted, converted and healed."""
     teller = options.recall_model
     book.measure("source recall", lambda: recalled(teller, None, options))
     for count in options.heads:
         for init in ("mean", "svd"):
             book.measure(
                 f"{init} {count} recall",
-                lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, "self"), options),
+                lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, options.recall_data), options),
             )
         book.measure(f"svd {count} healed recall", lambda c=count: healed_recall(teller, "svd", c, options))
 
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", type=int, default=65_536)
     parser.add_argument("--recall-model", help="a model trained to answer questions about its context")
     parser.add_argument("--recall", type=Path, help="questions: .jsonl with prompt and answer")
+    parser.add_argument("--recall-data", default="self", help="text to calibrate and heal that model on")
     parser.add_argument("--only", default="", help="measure only what this regular expression finds in the name")
     parser.add_argument("--table", action="store_true", help="print the table of what is measured and stop")
     options = parser.parse_args()

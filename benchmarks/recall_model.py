@@ -1,10 +1,11 @@
 """Train a small model that really looks things up in its context, so that recall can be measured before and after a conversion.
 
-    python benchmarks/recall_model.py --out recall-model --minutes 20
-    python benchmarks/quality.py ... --recall-model recall-model --recall recall-model/questions.jsonl
+    python benchmarks/recall_model.py --out recall-model --minutes 50
+    python benchmarks/quality.py ... --recall-model recall-model --recall recall-model/questions.jsonl \
+        --recall-data recall-model/ledgers.txt
 
-In: a model, the bundled one unless told. Out: a normal folder and 500 questions that were not trained on,
- `questions.jsonl`, with `prompt` and `answer`. Never: used by the library.
+In: a model, the bundled one unless told. Out: a normal folder, 500 questions that were not trained on (`questions.jsonl`, with
+`prompt` and `answer`) and text to calibrate and heal on (`ledgers.txt`). Never: used by the library.
 
 A ledger is a list of facts, a name and a number each, and questions about them, drawn with repetition so that guessing what
 was not asked yet does not help. Training starts with two facts about four names; whenever nine of ten answers begin right, there
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=TINY, help="where training starts")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -117,10 +118,15 @@ def main() -> None:
     for _ in range(500):
         text, asked = ledger(rng, rng.randint(4, MOST_FACTS), NAMES)
         questions.append(Question(text + asked[0].prompt, asked[0].answer))
+    written = []
+    for _ in range(2000):
+        text, asked = ledger(rng, rng.randint(4, MOST_FACTS), NAMES)
+        written.append(text + "\n".join(f"{question.prompt}{question.answer}." for question in asked[:MOST_FACTS]))
     model.eval().to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     lines = [json.dumps({"prompt": question.prompt, "answer": question.answer}) for question in questions]
     (options.out / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    (options.out / "ledgers.txt").write_text("<|endoftext|>".join(written))
     print(f"recall {recall(model.float(), tokenizer, questions):.1%} of {len(questions)} new questions")
 
 
