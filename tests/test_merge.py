@@ -400,6 +400,20 @@ def test_grouping_is_the_best_of_all(groups: int, seed: int) -> None:
     assert found == min(partitions(tuple(range(6)), 6 // groups), key=cost)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_many_heads_are_grouped_nearly_as_well_as_by_trying_all(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.rand(8, 8, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def cost(grouping: Grouping) -> float:
+        return sum(table[i][j] for group in grouping for i, j in combinations(sorted(group), 2))
+
+    best = choose_grouping(8, 4, lambda i, j: table[i][j])
+    monkeypatch.setattr("kvshare.merge.regroup.EXHAUSTIVE_HEADS", 4)
+    found = choose_grouping(8, 4, lambda i, j: table[i][j])
+    assert sorted(head for group in found for head in group) == list(range(8))
+    assert cost(best) <= cost(found) <= 1.5 * cost(best)
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(8, 4), (12, 3), (24, 6)])
 def test_grouping_finds_families_of_heads(heads: int, groups: int) -> None:
     order = torch.randperm(heads, generator=torch.Generator().manual_seed(heads)).tolist()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def _problem(
 def choose_grouping(heads: int, groups: int, pair_loss: Callable[[int, int], float]) -> Grouping:
     """Divide `heads` into `groups` of equal size with the least sum of pair losses inside them.
 
-    Exhaustive (by dynamic programming over sets of heads) up to 16 heads; greedy beyond.
+    Exhaustive (by dynamic programming over sets of heads) up to 16 heads; greedy beyond, then improved by exchanging heads.
 
     Args:
         heads: number of source KV heads.
@@ -137,7 +137,7 @@ def choose_grouping(heads: int, groups: int, pair_loss: Callable[[int, int], flo
         return sum(losses[pair] for pair in combinations(sorted(group), 2))
 
     if heads > EXHAUSTIVE_HEADS:
-        return _greedy(heads, size, cost)
+        return _exchanged(_greedy(heads, size, cost), cost)
 
     @cache
     def best(remaining: tuple[int, ...]) -> tuple[float, Grouping]:
@@ -166,6 +166,23 @@ def _greedy(heads: int, size: int, cost: Callable[[tuple[int, ...]], float]) -> 
             group = (*group, nearest)
         groups.append(tuple(sorted(group)))
     return tuple(groups)
+
+
+def _exchanged(grouping: Grouping, cost: Callable[[tuple[int, ...]], float]) -> Grouping:
+    """Exchange two heads of different groups as long as that lowers the cost."""
+    groups = [list(group) for group in grouping]
+    improved = True
+    while improved:
+        improved = False
+        for one, other in combinations(range(len(groups)), 2):
+            for i, j in product(range(len(groups[one])), range(len(groups[other]))):
+                before = cost(tuple(groups[one])) + cost(tuple(groups[other]))
+                groups[one][i], groups[other][j] = groups[other][j], groups[one][i]
+                if cost(tuple(groups[one])) + cost(tuple(groups[other])) < before * (1 - 1e-9):
+                    improved = True
+                else:
+                    groups[one][i], groups[other][j] = groups[other][j], groups[one][i]
+    return tuple(sorted(tuple(sorted(group)) for group in groups))
 
 
 def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]) -> AttentionWeights:
