@@ -7,6 +7,7 @@ Never: touches other layers, the MLP or norms outside attention; holds more than
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,21 @@ from kvshare.merge import AttentionWeights
 from kvshare.recipe import Fit
 
 WARMUP = 0.05  # fraction of the steps
+HELD_OUT = 1 / 16  # of the rows are not trained on
+LOOKS = 15  # how often the held-out error is measured
+PATIENCE = 3  # looks without a new best before training stops
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How a fit went: steps taken, the step whose weights were kept, and the relative output error on rows that were held out
+    before and after: E|y_source - y_shared|^2 / E|y_source|^2.
+    """
+
+    steps: int
+    kept_step: int
+    held_out_before: float
+    held_out_after: float
 
 
 def fit_layer(
@@ -28,8 +44,11 @@ def fit_layer(
     settings: Fit,
     seed: int,
     progress: Callable[[int, int], None],
-) -> AttentionWeights:
+) -> tuple[AttentionWeights, FitReport]:
     """Minimise E|y_source - y_shared|^2 / E|y_source|^2 over the projections and the norms of one attention layer.
+
+    The last rows are held out; the weights of the least error on them are kept, the start included, and training stops early
+    when that error no longer falls.
 
     Args:
         attention: the layer's attention in the output's shape, float32; its own parameters are not changed.
@@ -58,27 +77,50 @@ def fit_layer(
     optimizer = torch.optim.AdamW(free.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = max(1, int(WARMUP * settings.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, warmup, settings.steps))
-    per_step = max(1, settings.batch_tokens // inputs.shape[1])
+    held = max(1, int(HELD_OUT * len(inputs)))
+    trained_rows = max(1, len(inputs) - held)
+    per_step = max(1, min(trained_rows, settings.batch_tokens // inputs.shape[1]))
     generator = torch.Generator().manual_seed(seed)
-    energy = wanted.square().mean()
     order = torch.empty(0, dtype=torch.int64)
     arguments = {name: value for name, value in call.arguments.items() if name != "past_key_values"}
-    for step in range(settings.steps):
-        if len(order) < per_step:
-            order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
-        rows, order = order[:per_step].to(device), order[per_step:]
+
+    def missed(rows: Tensor) -> Tensor:
+        """E|y - y_shared|^2 / E|y|^2 over some rows."""
         current = {field: value * scales[field] for field, value in free.items()}
         parameters = {names[field]: value for field, value in current.items() if field in names}
         parameters |= {"k_proj.weight": current["k"], "v_proj.weight": current["k"]}
         result = functional_call(attention, parameters, (), {"hidden_states": inputs[rows], **arguments})
-        loss = (result[0] - wanted[rows]).square().mean() / energy
+        return (result[0] - wanted[rows]).square().sum() / wanted[rows].square().sum().clamp_min(1e-30)
+
+    @torch.no_grad()
+    def held_out_error() -> float:
+        parts = torch.arange(len(inputs) - held, len(inputs), device=device).split(per_step)
+        return sum(float(missed(rows)) * len(rows) for rows in parts) / held
+
+    first = least = held_out_error()
+    kept, kept_step, taken = {field: value.detach().clone() for field, value in free.items()}, 0, 0
+    every = max(1, settings.steps // LOOKS)
+    for step in range(settings.steps):
+        if len(order) < per_step:
+            order = torch.cat([order, torch.randperm(trained_rows, generator=generator)])
+        rows, order = order[:per_step].to(device), order[per_step:]
+        loss = missed(rows)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress(step + 1, settings.steps)
-    trained = {field: (value.detach() * scales[field]).double() for field, value in free.items()}
-    return weights.with_tensors(trained | {"v": trained["k"]})
+        taken = step + 1
+        progress(taken, settings.steps)
+        if taken % every == 0 or taken == settings.steps:
+            error = held_out_error()
+            if error < least:
+                least, kept_step = error, taken
+                kept = {field: value.detach().clone() for field, value in free.items()}
+            elif taken - kept_step >= PATIENCE * every:
+                break
+    progress(settings.steps, settings.steps)
+    trained = {field: (value * scales[field]).double() for field, value in kept.items()}
+    return weights.with_tensors(trained | {"v": trained["k"]}), FitReport(taken, kept_step, first, least)
 
 
 def _cosine(step: int, warmup: int, steps: int) -> float:

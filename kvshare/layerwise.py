@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, run_layer
 from kvshare.families import Family
-from kvshare.fit import fit_layer
+from kvshare.fit import FitReport, fit_layer
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, merge_svd, search_grouping, solve_layer
-from kvshare.moments import MomentSums
+from kvshare.moments import MomentSums, Weighting
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
@@ -32,7 +32,8 @@ from kvshare.recipe import Merge, Recipe
 @dataclass(frozen=True)
 class LayerReport:
     """How well one layer was merged: `lost`, the fraction of weighted energy dropped (the prediction); `error`, the
-    measured E|y - y_shared|^2 / E|y|^2 of its attention output; the balance and grouping that were chosen.
+    measured E|y - y_shared|^2 / E|y|^2 of its attention output; the balance and grouping that were chosen; how the fit of
+    `learned` went.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerReport:
     balance: float
     condition: float
     grouping: Grouping
+    fit: FitReport | None = None
 
 
 @dataclass(frozen=True)
@@ -152,23 +154,32 @@ def _merge_layer(
     view: _View, head_dim: int, kv_heads: int, recipe: Recipe, index: int, progress: Progress
 ) -> tuple[AttentionWeights, LayerReport]:
     weights = read_weights(attention_of(view.layer, view.family), view.family, head_dim)
-    moments = _moments(view, weights, _grouping(view, weights, kv_heads))
-    merged, report, balance = _closed_form(view, weights, moments, recipe.merge)
-    merged, error = _refitted(view, merged, recipe.merge)
+    settings = recipe.merge
+    grouping = _grouping(view, weights, kv_heads, settings)
+    moments = _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting)
+    merged, report, balance = _closed_form(view, weights, moments, settings)
+    merged, error = _refitted(view, merged, settings)
+    fit = None
     if recipe.init == "learned":
-        merged, error = _refitted(view, _learn(view, merged, recipe, index, progress), recipe.merge)
-    return merged, LayerReport(index, report.lost, error, balance, report.condition, report.grouping)
+        merged, fit = _learn(view, merged, recipe, index, progress)
+        merged, error = _refitted(view, merged, settings)
+    return merged, LayerReport(index, report.lost, error, balance, report.condition, report.grouping, fit)
 
 
-def _grouping(view: _View, weights: AttentionWeights, kv_heads: int) -> Grouping:
+def _grouping(view: _View, weights: AttentionWeights, kv_heads: int, settings: Merge) -> Grouping:
     """Which source heads end in which output head, searched on part of the calibration text where there is a choice."""
     heads = tuple(range(weights.kv_heads))
-    if kv_heads == len(heads):
-        return tuple((head,) for head in heads)
-    if kv_heads == 1:
-        return (heads,)
+    if kv_heads in (1, len(heads)) or settings.grouping == "neighbours":
+        size = len(heads) // kv_heads
+        return tuple(heads[start : start + size] for start in range(0, len(heads), size))
     share = replace(view, hidden=view.hidden[: _share(view.hidden)])
-    return search_grouping(weights, _moments(share, weights, (heads,), plain=True), kv_heads)
+    return search_grouping(weights, _moments(share, weights, (heads,), "projections"), kv_heads)
+
+
+def _part(view: _View, tokens: int) -> _View:
+    """The view of the first `tokens` tokens, in whole rows."""
+    rows = max(1, tokens // view.hidden.shape[1])
+    return replace(view, hidden=view.hidden[:rows], wanted=view.wanted[:rows])
 
 
 def _share(hidden: Tensor) -> int:
@@ -176,9 +187,9 @@ def _share(hidden: Tensor) -> int:
     return max(1, len(hidden) // 4)
 
 
-def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, plain: bool = False) -> Moments:
+def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
     attention = attention_of(view.layer, view.family)
-    sums = MomentSums(weights, grouping, plain)
+    sums = MomentSums(weights, grouping, weighting)
     how = attending(attention, view.call)
     for batch in batches(view.hidden):
         sums.add(enters(view.layer, attention, batch.to(view.device), view.call), how)
@@ -193,7 +204,7 @@ def _closed_form(
     best: tuple[float, AttentionWeights, MergeReport, float] | None = None
     solutions = None
     for balance in settings.balance:
-        solutions = solve_layer(weights, moments, balance, solutions)
+        solutions = solve_layer(weights, moments, balance, solutions, settings.joint)
         merged, report = merge_svd(weights, moments.grouping, solutions)
         if len(settings.balance) == 1:
             return merged, report, balance
@@ -231,7 +242,9 @@ def _refit(weights: AttentionWeights, outputs: OutputSums) -> Tensor:
     return refit_output(weights.o, outputs.heads, outputs.cross)
 
 
-def _learn(view: _View, merged: AttentionWeights, recipe: Recipe, index: int, progress: Progress) -> AttentionWeights:
+def _learn(
+    view: _View, merged: AttentionWeights, recipe: Recipe, index: int, progress: Progress
+) -> tuple[AttentionWeights, FitReport]:
     layer = with_weights(view.layer, view.family, merged)
     attention = attention_of(layer, view.family)
     inputs = torch.cat([enters(layer, attention, batch.to(view.device), view.call) for batch in batches(view.hidden)])
