@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ METRIC_TOKENS = 32  # tokens of a row at which Lambda is taken
 ROPE_AVERAGE = 0.25  # part of Lambda that is averaged over all relative positions, in which rope pairs do not mix
 EVEN = 0.1  # part of the weight of a row's keys that is spread evenly over them
 ROW_SUM = 1 << 27  # numbers in a group's moments beyond which its heads share them
+
+Weighting = Literal["attention", "projections", "none"]
+"""`attention`: errors weigh as they move the attention output, as above. `projections`: as queries and the output projection see
+them, all tokens alike (method.md, section 2). `none`: all alike, keys and values by their share of their own energy.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,20 +55,22 @@ class MomentSums:
     Args:
         weights: the source layer.
         grouping: the source KV heads of each output head.
-        plain: take E[u u^T] itself for keys and values, one matrix for all heads of a group: cheap, and enough to choose a
-            grouping by.
+        weighting: what errors count; without attention, heads share their moments where no norm weighs the tokens.
     """
 
-    def __init__(self, weights: AttentionWeights, grouping: Grouping, plain: bool = False) -> None:
-        self.weights, self.grouping, self.plain = weights, grouping, plain
+    def __init__(self, weights: AttentionWeights, grouping: Grouping, weighting: Weighting = "attention") -> None:
+        self.weights, self.grouping, self.weighting = weights, grouping, weighting
         self.has_bias = weights.k_bias is not None or weights.v_bias is not None
         width, device = weights.head_dim, weights.q.device
-        self.keys, self.values = [], []
+        alike = weighting == "none" or (weighting == "projections" and weights.key_norm is None)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         for group in grouping:
             numbers = 2 * len(group) * width + self.has_bias
-            count = 1 if plain or len(group) * numbers**2 > ROW_SUM else len(group)
-            self.keys.append(torch.zeros(count, numbers, numbers, dtype=torch.float64, device=device))
-            self.values.append(torch.zeros_like(self.keys[-1]))
+            fits = len(group) * numbers**2 <= ROW_SUM
+            for sums, shared in ((self.keys, alike), (self.values, weighting != "attention")):
+                count = len(group) if fits and not shared else 1
+                sums.append(torch.zeros(count, numbers, numbers, dtype=torch.float64, device=device))
         self.metric = torch.zeros(weights.kv_heads, width, width, dtype=torch.float64, device=device)
         self.weight = torch.zeros(weights.kv_heads, dtype=torch.float64, device=device)
         self.tokens, self.sampled = 0, 0
@@ -78,7 +86,6 @@ class MomentSums:
         w = self.weights
         rows, tokens, _ = inputs.shape
         served = w.query_heads // w.kv_heads
-        positions = torch.arange(tokens, device=inputs.device)
 
         def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
             states = inputs @ weight.to(inputs).T
@@ -93,13 +100,30 @@ class MomentSums:
             keys = keys * relative.sqrt()[..., None] * w.key_norm.to(inputs)
         if w.query_norm is not None:
             queries = queries * queries.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() * w.query_norm.to(inputs)
+        if self.weighting == "attention":
+            importance = self._add_attention(queries, keys, values, relative, bare, attending)
+        else:
+            importance = relative if self.weighting == "projections" else torch.ones_like(relative)
+            if self.weighting == "projections":
+                squares = (queries * attending.scaling).square().double().sum((0, 2)).view(w.kv_heads, served, -1).sum(1)
+                self.metric += torch.diag_embed(_pair_means(squares) * relative.double().mean((0, 2))[:, None])
+            self.sampled += rows * tokens
+            self._add_plain_values(bare)
+        self.weight += importance.double().sum((0, 2))
+        self.tokens += rows * tokens
+        self._add_keys(bare, importance)
+
+    def _add_attention(
+        self, queries: Tensor, keys: Tensor, values: Tensor, relative: Tensor, bare: Tensor, attending: Attending
+    ) -> Tensor:
+        """Add the metric and the moments of values; returns what each token's key counts, (rows, kv heads, tokens)."""
+        w = self.weights
+        served = w.query_heads // w.kv_heads
+        positions = torch.arange(keys.shape[2], device=keys.device)
         queries = attending.rotate(queries, positions) * attending.scaling
         keys = attending.rotate(keys, positions)
-
-        importance = torch.zeros_like(relative)  # (rows, kv heads, tokens)
-        half = w.head_dim // 2
-        energies = keys.square().mean(2)  # (rows, kv heads, head_dim)
-        energies = (energies[..., :half] + energies[..., half:]).repeat(1, 1, 2) / 2  # of rope pairs, which relative positions turn
+        importance = torch.zeros_like(relative)
+        energies = _pair_means(keys.square().mean(2))  # (rows, kv heads, head_dim); relative positions turn rope pairs
         for head in range(w.kv_heads):
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
@@ -108,13 +132,9 @@ class MomentSums:
             scores = (queries[:, own].square() * energies[:, head, None, None]).sum(-1, keepdim=True)
             importance[:, head] = (costs * scores).sum((1, 2))
             self._add_metric(queries[:, own], costs, head, attending)
-            if not self.plain:
-                self._add_values(attention, bare, head)
+            self._add_values(attention, bare, head)
         # Far from first order, a key that nobody reads may be changed so much that it is read.
-        importance = (1 - EVEN) * importance + EVEN * importance.mean(-1, keepdim=True)
-        self.weight += importance.double().sum((0, 2))
-        self.tokens += rows * tokens
-        self._add_keys(bare, importance)
+        return (1 - EVEN) * importance + EVEN * importance.mean(-1, keepdim=True)
 
     def _costs(self, attention: Tensor, values: Tensor, own: slice) -> Tensor:
         """W_ij, (rows, queries, i, j), from attention weights and values (rows, 1, tokens, head_dim)."""
@@ -154,14 +174,15 @@ class MomentSums:
                 share = attention.shape[1] * (len(group) if len(sums) == 1 else 1)
                 sums[group.index(head) if len(sums) > 1 else 0] += averaged.T @ averaged / share
 
-    def _add_keys(self, bare: Tensor, importance: Tensor) -> None:
-        for keys, values, group in zip(self.keys, self.values, self.grouping, strict=True):
+    def _add_plain_values(self, bare: Tensor) -> None:
+        """Moments of u, all tokens alike."""
+        for sums, group in zip(self.values, self.grouping, strict=True):
             states = self._group_inputs(bare, group).flatten(0, 1).double()
-            if self.plain:
-                second = states.T @ states
-                keys[0] += second
-                values[0] += second
-                continue
+            sums[0] += states.T @ states
+
+    def _add_keys(self, bare: Tensor, importance: Tensor) -> None:
+        for keys, group in zip(self.keys, self.grouping, strict=True):
+            states = self._group_inputs(bare, group).flatten(0, 1).double()
             shares = importance[:, list(group)].transpose(0, 1).flatten(1).double()  # (g, tokens)
             for place, share in enumerate(shares if len(keys) > 1 else shares.sum(0, keepdim=True)):
                 keys[place] += (states * share[:, None]).T @ states
@@ -169,19 +190,40 @@ class MomentSums:
     def moments(self) -> Moments:
         """The moments of all batches so far."""
         w = self.weights
-        half = w.head_dim // 2
         metric = self.metric / self.sampled
-        diagonal = metric.diagonal(dim1=-2, dim2=-1)
-        pairs = (diagonal[:, :half] + diagonal[:, half:]) / 2
-        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag_embed(torch.cat([pairs, pairs], -1))
+        pairs = _pair_means(metric.diagonal(dim1=-2, dim2=-1))
+        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag_embed(pairs)
         if w.key_norm is not None:
             norm = w.key_norm.to(metric)
             metric = norm[:, None] * metric * norm
+        out = w.o.double().view(len(w.o), w.kv_heads, -1, w.head_dim)  # (hidden, kv heads, queries per kv head, head_dim)
+        value_metric = torch.einsum("ohqi,ohqj->hij", out, out)
+        if self.weighting == "none":
+            metric, value_metric = (torch.eye(w.head_dim).to(metric).expand_as(metric) for _ in range(2))
         keys = []
         for sums, group in zip(self.keys, self.grouping, strict=True):
-            if self.plain:
-                keys.append(sums / self.tokens)
-                continue
             weights = self.weight[list(group)]
             keys.append(sums / (weights if len(sums) > 1 else weights.sum().view(1)).clamp_min(1e-30)[:, None, None])
-        return Moments(self.grouping, tuple(keys), tuple(sums / self.tokens for sums in self.values), metric)
+        values = [sums / self.tokens for sums in self.values]
+        if self.weighting != "attention":
+            # errors of scores and of outputs have no common unit: the energies of keys and values are made equal
+            metric = metric * (self._energy(value_metric, values, 1) / self._energy(metric, keys, 0).clamp_min(1e-30))
+        return Moments(self.grouping, tuple(keys), tuple(values), metric, value_metric)
+
+    def _energy(self, metric: Tensor, moments: list[Tensor], part: int) -> Tensor:
+        """What keys (part 0) or values (part 1) of all heads weigh, without biases."""
+        width = self.weights.head_dim
+        total = metric.new_zeros(())
+        for second, group in zip(moments, self.grouping, strict=True):
+            for place, head in enumerate(group):
+                start = (part * len(group) + place) * width
+                block = second[place if len(second) > 1 else 0, start : start + width, start : start + width]
+                total = total + (metric[head] * block).sum()
+        return total
+
+
+def _pair_means(x: Tensor) -> Tensor:
+    """Each number of the last dimension replaced by the mean of its rope pair (j, j + D/2)."""
+    half = x.shape[-1] // 2
+    means = (x[..., :half] + x[..., half:]) / 2
+    return torch.cat([means, means], -1)

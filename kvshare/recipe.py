@@ -59,6 +59,14 @@ class Merge(_Settings):
     """Refit the output projection of every layer by ridge regression."""
     sequential: bool = True
     """Take each layer's statistics behind the converted layers before it, so that later layers correct earlier ones."""
+    moment_tokens: Positive = 65_536
+    """The most calibration tokens that moments are taken on; refit and `learned` use all there are."""
+    weighting: Literal["attention", "projections", "none"] = "attention"
+    """Errors weigh as they move the attention output, as queries and the output projection see them, or all alike."""
+    grouping: Literal["search", "neighbours"] = "search"
+    """Which heads are merged: those that lose least, or those that stand side by side."""
+    joint: bool = True
+    """Solve the merging of heads and the sharing of K and V together, not one after the other."""
 
 
 class Fit(_Settings):

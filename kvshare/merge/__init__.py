@@ -71,10 +71,12 @@ class Moments:
     projections before biases, norm and rope, with a last entry that is constantly 1 where there are biases: n = 2 g head_dim
     numbers, or one more. `keys` are (g, n, n) or, shared by the heads, (1, n, n): E[u u^T], tokens weighted by what an
     error in a key does to the attention output. `values`, of the same shapes, are E[u u^T] of u averaged over tokens by the
-    attention weights. `key_metric` (kv heads, head_dim, head_dim) is Lambda: what an error of a weighted token's key costs.
+    attention weights. `key_metric` (kv heads, head_dim, head_dim) is Lambda: what an error of a weighted token's key costs;
+    `value_metric`, of the same shape, is M: what an error of an averaged value costs.
     """
 
     grouping: Grouping
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     key_metric: Tensor
+    value_metric: Tensor

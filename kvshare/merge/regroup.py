@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvshare.merge import AttentionWeights, Grouping, Moments
-from kvshare.merge.svd import GroupProblem, GroupSolution, gauge_matrix, solve_group
+from kvshare.merge.svd import GroupProblem, GroupSolution, gauge_matrix, solve_group, solve_in_turn
 
 EXHAUSTIVE_HEADS = 16
 PAIR_ITERATIONS = 20  # enough for the order of pair losses; the final solve runs to convergence
@@ -37,7 +37,11 @@ class MergeReport:
 
 
 def solve_layer(
-    weights: AttentionWeights, moments: Moments, balance: float = 1.0, starts: Sequence[GroupSolution] | None = None
+    weights: AttentionWeights,
+    moments: Moments,
+    balance: float = 1.0,
+    starts: Sequence[GroupSolution] | None = None,
+    joint: bool = True,
 ) -> list[GroupSolution]:
     """Share K and V of a layer and regroup its heads: one solution per output head, all in float64.
 
@@ -46,13 +50,17 @@ def solve_layer(
         moments: second moments of its activations, for the groups that are wanted.
         balance: a / b, the weight of the key error against the value error; 1 is what both do to the output to first order.
         starts: the solutions at another balance, if there are any; they shorten the search.
+        joint: whether heads are merged and K and V shared in one problem; one after the other is there to be compared with.
     """
     weights = weights.to(torch.float64)
-    known: Sequence[GroupSolution | None] = starts or [None] * len(moments.grouping)
-    return [
-        solve_group(_problem(weights, group, keys, values, moments.key_metric, balance), start=start)
-        for group, keys, values, start in zip(moments.grouping, moments.keys, moments.values, known, strict=True)
+    problems = [
+        _problem(weights, group, keys, values, moments, balance)
+        for group, keys, values in zip(moments.grouping, moments.keys, moments.values, strict=True)
     ]
+    if not joint:
+        return [solve_in_turn(problem) for problem in problems]
+    known: Sequence[GroupSolution | None] = starts or [None] * len(problems)
+    return [solve_group(problem, start=start) for problem, start in zip(problems, known, strict=True)]
 
 
 def merge_svd(
@@ -76,7 +84,7 @@ def search_grouping(weights: AttentionWeights, scout: Moments, kv_heads: int) ->
 
     Args:
         weights: the source layer.
-        scout: moments of all heads as one group.
+        scout: moments of all heads as one group; those that weigh by projections do.
         kv_heads: KV heads of the result; divides the source's.
     """
     weights = weights.to(torch.float64)
@@ -86,19 +94,21 @@ def search_grouping(weights: AttentionWeights, scout: Moments, kv_heads: int) ->
 
     def pair_loss(first: int, second: int) -> float:
         index = torch.cat([numbers[:, [first, second]].flatten(), rest]).to(scout.key_metric.device)
-        keys, values = (part[0][:, index[:, None], index] for part in (scout.keys, scout.values))
-        return solve_group(_problem(weights, (first, second), keys, values, scout.key_metric, 1.0), PAIR_ITERATIONS).loss
+        heads = [first, second]
+        keys, values = (
+            (part if len(part) == 1 else part[heads])[:, index[:, None], index] for part in (scout.keys[0], scout.values[0])
+        )
+        return solve_group(_problem(weights, (first, second), keys, values, scout, 1.0), PAIR_ITERATIONS).loss
 
     return choose_grouping(heads, kv_heads, pair_loss)
 
 
 def _problem(
-    weights: AttentionWeights, group: tuple[int, ...], keys: Tensor, values: Tensor, key_metric: Tensor, balance: float
+    weights: AttentionWeights, group: tuple[int, ...], keys: Tensor, values: Tensor, moments: Moments, balance: float
 ) -> GroupProblem:
     """The problem of one output head."""
     width, heads, count = weights.head_dim, weights.kv_heads, len(group)
     numbers = 2 * count * width
-    out = weights.o.view(weights.o.shape[0], heads, -1, width)[:, list(group)]  # (hidden, g, queries per kv head, head_dim)
     targets = torch.eye(numbers, keys.shape[-1], dtype=torch.float64, device=keys.device).view(2, count, width, -1)
     for target, bias in zip(targets, (weights.k_bias, weights.v_bias), strict=True):
         if bias is not None:
@@ -108,8 +118,8 @@ def _problem(
         values,
         targets[0],
         targets[1],
-        balance * key_metric[list(group)],
-        torch.einsum("ohqi,ohqj->hij", out, out),
+        balance * moments.key_metric[list(group)],
+        moments.value_metric[list(group)],
         weights.k_bias is not None,
         weights.v_bias is not None,
         weights.query_norm is not None,

@@ -121,6 +121,43 @@ def solve_group(problem: GroupProblem, iterations: int | None = None, start: Gro
     return replace(best, key_constant=best.key_constant - offset, value_constant=best.value_constant - offset)
 
 
+def solve_in_turn(problem: GroupProblem) -> GroupSolution:
+    """Merge the heads' keys and the heads' values first, each for itself, then share the two: what `solve_group` is held against.
+
+    Args:
+        problem: float64 tensors; D even.
+    """
+    if problem.heads == 1:
+        return solve_group(problem)
+    nothing = torch.zeros_like(problem.key_metric)
+    keys = solve_group(replace(problem, value_metric=nothing)).projection
+    values = solve_group(replace(problem, key_metric=nothing)).projection
+    stacked = torch.cat([keys, values])  # (2 D, 2 g D): u of the merged heads
+    centred, _ = _centred(problem)
+    n = problem.numbers
+    key_second, value_second = (part.mean(0)[:n, :n] for part in (centred.keys, centred.values))
+    matrices, width = gauge_matrix(_gauge(centred, _with_constant(centred, keys, keys.new_zeros(problem.width)))), problem.width
+    readers = _value_readers(centred, _with_constant(centred, values, keys.new_zeros(problem.width)), values)
+    identity = torch.eye(2 * width, dtype=keys.dtype, device=keys.device).view(2, 1, width, 2 * width)
+    merged = GroupProblem(
+        (stacked @ key_second @ stacked.T)[None],
+        (stacked @ value_second @ stacked.T)[None],
+        identity[0],
+        identity[1],
+        (matrices.transpose(1, 2) @ problem.key_metric @ matrices).sum(0, keepdim=True),
+        (readers.transpose(1, 2) @ problem.value_metric @ readers).sum(0, keepdim=True),
+    )
+    return _from_projection(problem, solve_group(merged).projection @ stacked)
+
+
+def _from_projection(problem: GroupProblem, projection: Tensor) -> GroupSolution:
+    """The best readers and constants of a given P."""
+    problem, mean = _centred(problem)
+    best = _settled(problem, projection)
+    offset = projection @ mean
+    return replace(best, key_constant=best.key_constant - offset, value_constant=best.value_constant - offset)
+
+
 def _searched(problem: GroupProblem, start: GroupSolution, iterations: int) -> GroupSolution:
     """L-BFGS from `start`; returns the best solution met."""
     left, right, back = _round_coordinates(problem, start)
