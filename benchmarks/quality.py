@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py --train-data heal.txt --eval-data val.txt --out results
     python benchmarks/quality.py ... --recall-model DIR --recall questions.jsonl --recall-data ledgers.txt
+    python benchmarks/quality.py --model DIR ... --heads 4 2 1    # another model
 
 In: two text files that share no document (calibration and healing read the first, figures come from the second) and,
 for recall, a model that answers questions about its context. Out: `results/quality.json`, one entry per measurement, and
@@ -15,6 +16,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,17 @@ from kvshare.recipe import load_recipe
 from kvshare.source import open_source
 
 INITS = ("mean", "svd", "learned")
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "errors weighed by queries and output projection alone": {"merge__weighting": "projections"},
+    "errors not weighed": {"merge__weighting": "none"},
+    "no line search": {"merge__balance": (1.0,)},
+    "heads merged first, K and V shared after": {"merge__joint": False},
+    "neighbouring heads merged": {"merge__grouping": "neighbours"},
+    "no refit": {"merge__refit": False},
+    "statistics of the source": {"merge__sequential": False},
+}
+REGROUPING = ("heads merged first, K and V shared after", "neighbouring heads merged")  # nothing to show with every head kept
 FIGURES = ("perplexity_increase", "kl", "token_agreement", "cache_reduction", "perplexity", "source_perplexity")
 
 
@@ -89,17 +102,18 @@ def figures(report: Any) -> dict[str, Any]:
     return {key: values[key] for key in FIGURES}
 
 
-def converted(model: str, init: str, heads: int, seed: int, options: argparse.Namespace, train: str) -> Path:
+def converted(
+    model: str, init: str, heads: int, seed: int, options: argparse.Namespace, train: str, ablation: str = "as it is"
+) -> Path:
     """The unhealed checkpoint of these settings, converted once."""
-    output = options.out / f"{Path(model).name}-{init}-{heads}-{seed}"
+    which = init if ablation == "as it is" else ablation.replace(" ", "-")
+    output = options.out / f"{Path(model).name}-{which}-{heads}-{seed}"
     if not output.exists():
-        recipe = "eighth" if init == "learned" else "half"
+        recipe = load_recipe("eighth" if init == "learned" else "half", init=init, kv_heads=heads, **ABLATIONS[ablation])
         kvshare.convert(
             model,
             output,
             recipe=recipe,
-            init=init,
-            kv_heads=heads,
             calibration=train,
             heal=False,
             seed=seed,
@@ -109,8 +123,10 @@ def converted(model: str, init: str, heads: int, seed: int, options: argparse.Na
     return output
 
 
-def unhealed(model: str, init: str, heads: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    folder = converted(model, init, heads, seed, options, options.train_data)
+def unhealed(
+    model: str, init: str, heads: int, seed: int, options: argparse.Namespace, ablation: str = "as it is"
+) -> dict[str, Any]:
+    folder = converted(model, init, heads, seed, options, options.train_data, ablation)
     report = json.loads((folder / "report.json").read_text())
     return {key: report[key] for key in FIGURES}
 
@@ -169,11 +185,21 @@ def table(book: Book, heads: list[int], seeds: int) -> str:
         lines.append(f"| {count} ({saved:.2%}) | " + " | ".join(cells) + " |")
     lines += ["", "| measurement | perplexity | KL | agreement | cache saved |", "|---|---|---|---|---|"]
     for name, entry in sorted(entries.items()):
-        if "kl" in entry:
+        if "kl" in entry and " with " not in name:
             lines.append(
                 f"| {name} | {entry['perplexity_increase']:+.2%} | {entry['kl']:.4f} | {entry['token_agreement']:.1%} | "
                 f"{entry['cache_reduction']:.2%} |"
             )
+    shown = [count for count in heads if f"svd {count} seed 0" in entries]
+    lines += [
+        "",
+        "| svd, not healed, seed 0 | " + " | ".join(f"{count} heads" for count in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
+    for ablation in ABLATIONS:
+        names = [f"svd {count} seed 0" if ablation == "as it is" else f"svd {count} with {ablation}" for count in shown]
+        found = [f"{entries[name]['perplexity_increase']:+.2%}" if name in entries else "–" for name in names]
+        lines.append(f"| {ablation} | " + " | ".join(found) + " |")
     lines += ["", "| recall | answered |", "|---|---|"]
     lines += [f"| {name} | {entry['recall']:.1%} |" for name, entry in sorted(entries.items()) if "recall" in entry]
     return "\n".join(lines)
@@ -194,9 +220,14 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
     if options.recall_model:
         measure_recall(book, options)
     for init in ("svd", "learned", "mean"):
-        for count in sorted(heads):
+        for count in heads:
             book.measure(f"{init} {count} seed 0", lambda c=count, i=init: unhealed(model, i, c, 0, options))
             book.measure(f"{init} {count} healed seed 0", lambda c=count, i=init: healed(model, i, c, 0, options))
+    for ablation, count in product(ABLATIONS, heads):
+        if ablation != "as it is" and not (ablation in REGROUPING and count == max(heads)):
+            book.measure(f"svd {count} with {ablation}", lambda c=count, a=ablation: unhealed(model, "svd", c, 0, options, a))
+    for seed, count in product(range(1, options.seeds), heads):
+        book.measure(f"learned {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "learned", c, s, options))
 
 
 def measure_recall(book: Book, options: argparse.Namespace) -> None:
@@ -219,7 +250,7 @@ def main() -> None:
     parser.add_argument("--eval-data", required=True, help="held-out text")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
     parser.add_argument("--heads", type=int, nargs="+", default=[8, 4, 2, 1])
-    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds of svd without healing")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds without healing")
     parser.add_argument("--heal-tokens", type=int, default=655_360)
     parser.add_argument("--eval-tokens", type=int, default=65_536)
     parser.add_argument("--recall-model", help="a model trained to answer questions about its context")
