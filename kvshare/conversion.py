@@ -195,7 +195,7 @@ def _merged_layers(
 
 def _stored_weights(plan: Plan, layer: int) -> AttentionWeights:
     """The attention of one layer as it lies on the disk."""
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for part in ("q", "k", "v", "o"):
         for name, field in ((plan.family.weight(layer, part), part), (plan.family.bias(layer, part), f"{part}_bias")):
             if name in plan.source.tensors and field != "o_bias":

@@ -97,15 +97,13 @@ class MomentSums:
         keys = attending.rotate(keys, positions)
 
         importance = torch.zeros_like(relative)  # (rows, kv heads, tokens)
-        half = w.head_dim // 2
-        energies = keys.square().mean(2)  # (rows, kv heads, head_dim)
-        energies = (energies[..., :half] + energies[..., half:]).repeat(1, 1, 2) / 2  # of rope pairs, which relative positions turn
+        energies = _turned(keys.transpose(-1, -2) @ keys / tokens, w.rotated)  # (rows, kv heads, head_dim, head_dim)
         for head in range(w.kv_heads):
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
             attention = scores.masked_fill(~attending.visible, -torch.inf).softmax(-1)
             costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None]
-            scores = (queries[:, own].square() * energies[:, head, None, None]).sum(-1, keepdim=True)
+            scores = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
             importance[:, head] = (costs * scores).sum((1, 2))
             self._add_metric(queries[:, own], costs, head, attending)
             if not self.plain:
@@ -169,11 +167,8 @@ class MomentSums:
     def moments(self) -> Moments:
         """The moments of all batches so far."""
         w = self.weights
-        half = w.head_dim // 2
         metric = self.metric / self.sampled
-        diagonal = metric.diagonal(dim1=-2, dim2=-1)
-        pairs = (diagonal[:, :half] + diagonal[:, half:]) / 2
-        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag_embed(torch.cat([pairs, pairs], -1))
+        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * _turned(metric, w.rotated)
         if w.key_norm is not None:
             norm = w.key_norm.to(metric)
             metric = norm[:, None] * metric * norm
@@ -185,3 +180,15 @@ class MomentSums:
             weights = self.weight[list(group)]
             keys.append(sums / (weights if len(sums) > 1 else weights.sum().view(1)).clamp_min(1e-30)[:, None, None])
         return Moments(self.grouping, tuple(keys), tuple(sums / self.tokens for sums in self.values), metric)
+
+
+def _turned(second: Tensor, rotary_dim: int) -> Tensor:
+    """Second moments (..., D, D) averaged over all turns of rope: nothing is left between pairs or between them and numbers that
+    are not rotated.
+    """
+    half = rotary_dim // 2
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    pairs = (diagonal[..., :half] + diagonal[..., half:rotary_dim]) / 2
+    averaged = torch.diag_embed(torch.cat([pairs, pairs, torch.zeros_like(diagonal[..., rotary_dim:])], -1))
+    averaged[..., rotary_dim:, rotary_dim:] = second[..., rotary_dim:, rotary_dim:]
+    return averaged
