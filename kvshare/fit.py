@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kvshare.calibrate import LayerCall
+from kvshare.families import Family
+from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
 from kvshare.recipe import Fit
 
@@ -21,6 +23,7 @@ WARMUP = 0.05  # fraction of the steps
 
 def fit_layer(
     attention: nn.Module,
+    family: Family,
     weights: AttentionWeights,
     inputs: Tensor,
     wanted: Tensor,
@@ -33,6 +36,7 @@ def fit_layer(
 
     Args:
         attention: the layer's attention in the output's shape, float32; its own parameters are not changed.
+        family: of the layer.
         weights: where training starts.
         inputs: attention inputs (rows, length, hidden).
         wanted: attention outputs of the source (rows, length, hidden).
@@ -42,15 +46,6 @@ def fit_layer(
         progress: called with steps done and steps in all.
     """
     device = inputs.device
-    names = {
-        "q": "q_proj.weight",
-        "o": "o_proj.weight",
-        "q_bias": "q_proj.bias",
-        "k_bias": "k_proj.bias",
-        "v_bias": "v_proj.bias",
-        "query_norm": "q_norm.weight",
-        "key_norm": "k_norm.weight",
-    }
     start = {field: value.float().to(device) for field, value in weights.tensors.items() if field != "v"}
     # Rows of very different size share one learning rate: each matrix is trained relative to its own scale.
     scales = {field: value.square().mean().sqrt().clamp_min(1e-8) for field, value in start.items()}
@@ -68,8 +63,7 @@ def fit_layer(
             order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
         rows, order = order[:per_step].to(device), order[per_step:]
         current = {field: value * scales[field] for field, value in free.items()}
-        parameters = {names[field]: value for field, value in current.items() if field in names}
-        parameters |= {"k_proj.weight": current["k"], "v_proj.weight": current["k"]}
+        parameters = pack(weights.with_tensors(current | {"v": current["k"]}), family)
         result = functional_call(attention, parameters, (), {"hidden_states": inputs[rows], **arguments})
         loss = (result[0] - wanted[rows]).square().mean() / energy
         optimizer.zero_grad(set_to_none=True)

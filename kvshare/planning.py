@@ -179,6 +179,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             "the merge needs the projections as floating-point numbers",
             "convert the unquantised model and quantise the result",
         )
+    for name, value in family.only.items():
+        if config.get(name, value) != value:
+            raise UnsupportedModelError(
+                f"{source.name} has {name} = {config[name]!r}",
+                f"of {family.model_type}, kvshare knows the models with {value!r}",
+                "choose another model",
+            )
     architecture = config.get("architectures")
     if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith("ForCausalLM")):
         raise UnsupportedModelError(

@@ -72,6 +72,9 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
+    "smollm3-bias": ("smollm3", {"no_rope_layers": [0, 1], "attention_bias": True, "pad_token_id": None}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
 }
 
 

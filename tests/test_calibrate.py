@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SOURCES
 
-from kvshare.calibrate import attending, enters, first_inputs
+from kvshare.calibrate import attending, enters, first_inputs, rotary_dim
 from kvshare.families import family_of
 from kvshare.layerwise import attention_of, read_weights
 from kvshare.loading import load_native
@@ -23,8 +23,9 @@ def test_attention_written_out_is_the_attention_of_the_module(key: str, source_f
     layers = model.get_decoder().layers
     hidden, calls = first_inputs(model, layers, rows, torch.device("cpu"))
     attention = attention_of(layers[0], family)
-    how = attending(attention, calls[0])
-    w = read_weights(attention, family, model.config.head_dim)
+    turned = rotary_dim(attention, family, calls[0])
+    how = attending(attention, calls[0], turned)
+    w = read_weights(attention, family, model.config.head_dim, turned)
     inputs = enters(layers[0], attention, hidden, calls[0])
     given: list[torch.Tensor] = []
     output = getattr(attention, family.o)

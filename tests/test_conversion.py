@@ -88,7 +88,7 @@ def test_output_is_native_and_tied(
     assert AutoTokenizer.from_pretrained(folder)(TEXT[0]) == AutoTokenizer.from_pretrained(source)(TEXT[0])
 
 
-@pytest.mark.parametrize("key", ["llama-mha", "llama-gqa", "qwen2", "qwen3"])
+@pytest.mark.parametrize("key", ["llama-mha", "llama-gqa", "qwen2", "qwen3", "smollm3", "phi"])
 def test_a_model_that_shares_already_comes_back_the_same(
     tmp_path: Path, source_folder: Callable[[str], Path], text_file: str, key: str
 ) -> None:

@@ -207,9 +207,16 @@ def test_a_model_that_is_nowhere_is_named(model: str) -> None:
 
 def test_an_unknown_family_names_the_closest(single: Path) -> None:
     edit_json(single / "config.json", lambda config: config.update(model_type="qwen4"))
-    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", "llama, mistral, qwen2, qwen3")
+    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", "llama, mistral, phi, qwen2, qwen3, smollm3")
     edit_json(single / "config.json", lambda config: config.pop("model_type"))
-    refusal(single, UnsupportedModelError, "llama, mistral, qwen2, qwen3")
+    refusal(single, UnsupportedModelError, "llama, mistral, phi, qwen2, qwen3, smollm3")
+
+
+def test_a_form_of_a_family_that_is_not_known_names_the_field(source_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source_folder("phi"), tmp_path / "phi"))
+    kvshare.plan(folder)
+    edit_json(folder / "config.json", lambda config: config.update(qk_layernorm=True))
+    refusal(folder, UnsupportedModelError, "qk_layernorm = True", "phi")
 
 
 @pytest.mark.parametrize("kv_heads", [3, 16, 5, "1/3", "12"])
@@ -287,8 +294,8 @@ def test_planned_tensors_are_the_written_ones(
 
 
 def test_what_is_copied_and_what_is_merged(source_folder: Callable[[str], Path]) -> None:
-    def merged(init: str) -> set[str]:
-        plan = kvshare.plan(source_folder("qwen2"), init=init)
+    def merged(init: str, key: str = "qwen2") -> set[str]:
+        plan = kvshare.plan(source_folder(key), init=init)
         return {tensor.name.removeprefix("model.layers.1.self_attn.") for tensor in plan.tensors if tensor.action == "merge"} - {
             tensor.name for tensor in plan.tensors if ".layers.0." in tensor.name
         }

@@ -6,8 +6,9 @@ Never: reads weights, knows a model by its name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from kvshare.errors import UnsupportedModelError, closest
 
@@ -21,7 +22,10 @@ class Family:
 
     `attention` is the prefix of the layer's attention tensors with `{layer}` for the index; `q`, `k`, `v` and `o`
     are the names of the projections below it. `key_norm` is the name of a norm over the head_dim of each key head,
-    applied before rope, with its query counterpart `query_norm`; None where the family has none.
+    applied before rope, with its query counterpart `query_norm`; None where the family has none. `rotates` is the name of an
+    attribute of the attention module that says whether rope turns the keys of this layer; None where it turns those of all.
+    How many numbers of a head it turns is seen in the width of its tables. `only` are the values that fields of the config must
+    have, where they are present.
     """
 
     model_type: str
@@ -32,14 +36,20 @@ class Family:
     o: str = "o_proj"
     query_norm: str | None = None
     key_norm: str | None = None
+    rotates: str | None = None
+    only: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensor(self, layer: int, name: str) -> str:
+        """The full name of a tensor that is called `name` in the attention module of decoder layer `layer`."""
+        return f"{self.attention.format(layer=layer)}.{name}"
 
     def weight(self, layer: int, part: Part) -> str:
         """The name of the weight of projection `part` in decoder layer `layer`."""
-        return f"{self.attention.format(layer=layer)}.{getattr(self, part)}.weight"
+        return self.tensor(layer, f"{getattr(self, part)}.weight")
 
     def bias(self, layer: int, part: Part) -> str:
         """The name that the bias of projection `part` has where there is one."""
-        return f"{self.attention.format(layer=layer)}.{getattr(self, part)}.bias"
+        return self.tensor(layer, f"{getattr(self, part)}.bias")
 
 
 FAMILIES: dict[str, Family] = {
@@ -49,6 +59,8 @@ FAMILIES: dict[str, Family] = {
         Family("mistral"),
         Family("qwen2"),
         Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+        Family("smollm3", rotates="use_rope"),
+        Family("phi", o="dense", only={"qk_layernorm": False}),
     )
 }
 

@@ -65,9 +65,16 @@ def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
 
 
+def _rotated(rotate: Any, states: Tensor, tables: Rotary) -> Tensor:
+    """Rope on the first numbers of each head, as many as its tables are wide; states (batch, heads, tokens, head_dim)."""
+    width = tables[0].shape[-1]
+    turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
+    return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj."""
+    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj (or dense)."""
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
 
@@ -94,11 +101,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             key = key + self.k_proj.bias.view(1, -1, 1, self.head_dim)
         if hasattr(self, "k_norm"):
             key = self.k_norm(key)
-        if key_position_embeddings is None:
-            query, key = rotate(query, key, *position_embeddings)
-        else:
-            query, _ = rotate(query, key[:, :0, : query.shape[2]], *position_embeddings)
-            _, key = rotate(query[:, :0, :1], key, *key_position_embeddings[self.kvshare_layer_type])
+        if getattr(self, "use_rope", True):
+            tables = key_position_embeddings[self.kvshare_layer_type] if key_position_embeddings else position_embeddings
+            query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
         value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
@@ -115,7 +120,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             sliding_window=window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        project = self.o_proj if hasattr(self, "o_proj") else self.dense
+        return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
