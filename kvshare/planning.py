@@ -215,6 +215,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             if bias in source.tensors and part != "o" and changes:
                 _require(source, bias, expected[:1])
                 merged[bias] = (rows,)
+        if recipe.init == "learned":  # which trains the norms, too
+            norms = [family.tensor(layer, f"{norm}.weight") for norm in (family.query_norm, family.key_norm)]
+            merged |= {name: source.tensors[name].shape for name in norms if name in source.tensors}
     tensors = tuple(
         TensorPlan(spec.name, "merge" if spec.name in merged else "copy", spec.dtype, merged.get(spec.name, spec.shape), spec)
         for spec in sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvshare
 from kvshare.checkpoint import sha256, work_folder
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.fit import fit_layer
+from kvshare.layout import pack
+from kvshare.merge import AttentionWeights
+from kvshare.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,34 @@ def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
         for init in ("svd", "learned")
     }
     assert reports["learned"]["kl"] < 0.9 * reports["svd"]["kl"]
+
+
+@pytest.mark.parametrize("key", ["qwen3", "phi", "smollm3"])
+def test_what_was_learned_is_what_is_written(
+    tmp_path: Path, source_folder: Callable[[str], Path], text_file: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[AttentionWeights] = []
+
+    def watched(*arguments: Any) -> AttentionWeights:
+        learned.append(fit_layer(*arguments))
+        return learned[-1]
+
+    monkeypatch.setattr("kvshare.layerwise.fit_layer", watched)
+    recipe = Recipe.model_validate(
+        {
+            "init": "learned",
+            "fit": {"steps": 2},
+            "merge": {"refit": False},
+            "heal": {"enabled": False},
+            "calibration": {"data": text_file, "tokens": 1024, "sequence_length": 64},
+            "evaluation": {"data": text_file, "tokens": 512},
+        }
+    )
+    family = kvshare.convert(source_folder(key), tmp_path / "out", recipe=recipe).plan.family
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, weights in enumerate(learned):
+        for name, value in pack(weights, family).items():
+            torch.testing.assert_close(tensors[family.tensor(layer, name)], value.float())
 
 
 @pytest.mark.parametrize("key", SOURCES)

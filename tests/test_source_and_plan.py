@@ -303,6 +303,7 @@ def test_what_is_copied_and_what_is_merged(source_folder: Callable[[str], Path])
     changed = {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
     assert merged("mean") == changed
     assert merged("svd") == merged("learned") == changed | {"q_proj.weight", "q_proj.bias", "o_proj.weight"}
+    assert merged("learned", "qwen3") - merged("svd", "qwen3") == {"q_norm.weight", "k_norm.weight"}
 
 
 @pytest.mark.parametrize(
