@@ -6,6 +6,7 @@ Never: keeps the activations of more than one layer, changes a model.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ def first_inputs(model: nn.Module, layers: nn.ModuleList, rows: Tensor, device: 
     """
     calls: list[LayerCall] = []
 
-    def record(_module: nn.Module, _positional: Any, keywords: dict[str, Any]) -> None:
-        calls.append(LayerCall({name: _moved(value, device) for name, value in keywords.items() if name != "hidden_states"}))
+    def record(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        arguments = dict(zip(inspect.signature(module.forward).parameters, positional, strict=False)) | keywords
+        calls.append(LayerCall({name: _moved(value, device) for name, value in arguments.items() if name != "hidden_states"}))
 
     def stop(_module: nn.Module, _positional: Any, _output: Any) -> None:
         raise _StopError
@@ -88,9 +90,10 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
-    if family.rotates is not None and not getattr(attention, family.rotates):
+    tables = call.arguments.get("position_embeddings")
+    if tables is None or (family.rotates is not None and not getattr(attention, family.rotates)):
         return 0
-    return int(call.arguments["position_embeddings"][0].shape[-1])
+    return int(tables[0].shape[-1])
 
 
 def attending(attention: nn.Module, call: LayerCall, turned: int) -> Attending:

@@ -95,7 +95,7 @@ def merge_layers(
         the weights of each layer, rounded to `stored`, and the report of the merge.
     """
     family, recipe = plan.family, plan.recipe
-    layers = model.get_decoder().layers
+    layers = getattr(model.get_decoder(), family.stack)
     source_hidden, calls = first_inputs(model, layers, rows, device)
     hidden = source_hidden.clone()
     for index, (original, call) in enumerate(zip(layers, calls, strict=True)):

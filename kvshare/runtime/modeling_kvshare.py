@@ -1,7 +1,7 @@
 # Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
 """The shared-cache form of a native transformers model. This file is shipped inside every kvshare checkpoint.
 
-In: a native checkpoint whose k_proj and v_proj weights are equal, with a `kvshare` block in its config. Out: the same
+In: a native checkpoint whose weights of K and V are equal, with a `kvshare` block in its config. Out: the same
 function, with one tensor per token in the cache where the native class keeps two. Needs transformers and torch alone.
 Never: imports kvshare, changes what the weights compute.
 
@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (batch, tokens, rotated width)
 
@@ -32,6 +33,16 @@ class SharedProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., hidden) -> (..., kv heads * head_dim)."""
         return nn.functional.linear(input, self.weight)
+
+
+class FusedProjection(Conv1D):
+    """c_attn, of which only the part of queries and that of keys is computed; its last third equals the second."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
+        width = self.weight.shape[1] // 3
+        query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
+        return query + self.bias[:width], shared
 
 
 class ValueBias(nn.Module):
@@ -127,6 +138,39 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
+def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class with c_attn and c_proj, which does not rotate."""
+    eager_attention = sys.modules[native.__module__].eager_attention_forward
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        # (batch, heads, new tokens, head_dim)
+        query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
+        if past_key_values is not None:
+            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+        _, key_bias, value_bias = self.c_attn.bias.view(3, -1, 1, self.head_dim)
+        key, value = shared + key_bias, shared + value_bias
+
+        implementation = self.config._attn_implementation
+        if implementation == "eager" and self.reorder_and_upcast_attn:
+            output, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            dropout = self.attn_dropout.p if self.training else 0.0
+            output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+@functools.cache
 def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder: it rotates once per forward for all layers of a kind."""
 
@@ -184,6 +228,9 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
+        for name in [name for name in state if name.endswith(".c_attn.weight")]:
+            query, shared, _ = state[name].chunk(3, 1)
+            state[name] = torch.cat([query, shared, shared], 1)
         native.save_pretrained(self, save_directory, state_dict=state, **kwargs)
 
     members = {
@@ -203,6 +250,13 @@ def _share(model: Any) -> None:
     if not isinstance(block, dict) or "layers" not in block:
         raise ValueError("this config has no kvshare block: load the model with its native class, or convert it first")
     decoder = model.get_decoder()
+    if hasattr(decoder, "h"):
+        for layer in block["layers"]:
+            fused = decoder.h[layer].attn
+            fused.c_attn.__class__ = FusedProjection
+            native_fused: Any = type(fused)
+            fused.__class__ = _fused_class(native_fused)
+        return
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     for layer in block["layers"]:
@@ -223,6 +277,6 @@ def _share(model: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     """The shared form of any native causal language model class, under the native name."""
-    if name.endswith("ForCausalLM"):
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
         return shared_class(getattr(transformers, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
