@@ -6,7 +6,7 @@ from kvshare.cli import options
 
 
 def run(checkpoint: options.Checkpoint) -> None:
-    """Recompute every checksum, and check that k_proj and v_proj are equal bit for bit."""
+    """Recompute every checksum, and check that the weights of K and V are equal bit for bit."""
     from kvshare import verify
 
     result = verify(checkpoint)

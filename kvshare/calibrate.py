@@ -6,6 +6,7 @@ Never: keeps the activations of more than one layer, changes a model.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshare.families import Family
 from kvshare.moments import Attending
 
 BATCH_TOKENS = 8_192
@@ -44,8 +46,9 @@ def first_inputs(model: nn.Module, layers: nn.ModuleList, rows: Tensor, device: 
     """
     calls: list[LayerCall] = []
 
-    def record(_module: nn.Module, _positional: Any, keywords: dict[str, Any]) -> None:
-        calls.append(LayerCall({name: _moved(value, device) for name, value in keywords.items() if name != "hidden_states"}))
+    def record(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        arguments = dict(zip(inspect.signature(module.forward).parameters, positional, strict=False)) | keywords
+        calls.append(LayerCall({name: _moved(value, device) for name, value in arguments.items() if name != "hidden_states"}))
 
     def stop(_module: nn.Module, _positional: Any, _output: Any) -> None:
         raise _StopError
@@ -85,30 +88,42 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def attending(attention: nn.Module, call: LayerCall) -> Attending:
+def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
+    """How many numbers of a head rope turns in this layer, 0 where it turns none."""
+    tables = call.arguments.get("position_embeddings")
+    if tables is None or (family.rotates is not None and not getattr(attention, family.rotates)):
+        return 0
+    return int(tables[0].shape[-1])
+
+
+def attending(attention: nn.Module, call: LayerCall, turned: int) -> Attending:
     """How an attention module attends in `call`, which is that of a row without padding.
 
     Args:
-        attention: of a family whose module has `apply_rotary_pos_emb`.
-        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if attention is more than causal.
+        attention: of a family whose module has `apply_rotary_pos_emb`, if rope turns any numbers.
+        call: holds `position_ids` (1, tokens), `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if
+            attention is more than causal.
+        turned: how many numbers of a head rope turns, the first ones.
     """
-    cos, sin = call.arguments["position_embeddings"]
-    apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    tokens = cos.shape[1]
+    position_ids = call.arguments["position_ids"]
+    tokens, device = position_ids.shape[-1], position_ids.device
     mask = call.arguments.get("attention_mask")
     if mask is None:
-        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=cos.device).tril()
+        visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     else:
         visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
 
-    def rotate(x: Tensor, at: Tensor) -> Tensor:
-        return apply(x, x, cos[:, at], sin[:, at])[1]
-
-    def unrotate(x: Tensor, at: Tensor) -> Tensor:
-        return apply(x, x, cos[:, at], -sin[:, at])[1]
-
     scaling: Any = attention.scaling
-    return Attending(rotate, unrotate, visible, float(scaling))
+    if not turned:
+        return Attending(lambda x, _at: x, lambda x, _at: x, visible, float(scaling))
+    cos, sin = call.arguments["position_embeddings"]
+    apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+
+    def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
+        moved = apply(x[..., :turned], x[..., :turned], cos[:, at], sign * sin[:, at])[1]
+        return torch.cat([moved, x[..., turned:]], -1)
+
+    return Attending(lambda x, at: turn(x, at, 1), lambda x, at: turn(x, at, -1), visible, float(scaling))
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:

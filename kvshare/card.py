@@ -49,7 +49,8 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
         report: the evaluation of these very weights, or None when there was none.
     """
     block = config["kvshare"]
-    source_heads, heads = block["source"]["num_key_value_heads"], config["num_key_value_heads"]
+    source_heads = block["source"]["num_key_value_heads"]
+    heads = config.get("num_key_value_heads", source_heads)
     tokens = block["healed_tokens"]
     healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
     figures = "These weights have not been measured: `kvshare eval` does." if report is None else _figures(report)
@@ -69,7 +70,7 @@ With the smaller cache:
     kvshare.load("<this folder>")                                                    # the same, without remote code
 
 Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
-full-size cache ({heads} KV heads for K and for V). Fine-tune it through kvshare only: training `k_proj` and `v_proj` apart
+full-size cache ({heads} KV heads for K and for V). Fine-tune it through kvshare only: training K and V apart
 breaks what the smaller cache relies on.
 """
 

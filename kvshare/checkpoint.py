@@ -55,7 +55,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found in order: files, their bytes, and layers whose k_proj and v_proj are equal bit for bit."""
+    """What `verify` found in order: files, their bytes, and layers whose weights of K and V are equal bit for bit."""
 
     files: int
     bytes: int
@@ -315,14 +315,14 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_tie(checkpoint: Path) -> int:
-    """Check that k_proj and v_proj are equal bit for bit in every shared layer; returns how many layers there are.
+    """Check that the weights of K and V are equal bit for bit in every shared layer; returns how many layers there are.
 
     Raises:
         BadCheckpointError: they differ, or one is missing.
     """
     block = read_block(checkpoint)
-    family = family_of(str(read_json(checkpoint / "config.json").get("model_type", "")))
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
+    family = family_of(str(read_json(checkpoint / "config.json").get("model_type", ""))).located(specs)
     for layer in block["layers"]:
         pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
         if None in pair:
@@ -333,9 +333,11 @@ def verify_tie(checkpoint: Path) -> int:
                 "convert the model again",
             )
         key, value = (_bytes(checkpoint, spec) for spec in pair if spec is not None)
+        if family.fused and pair[0] is not None:
+            key, value = _thirds(key, pair[0].shape[0] if family.transposed else 1)
         if key != value:
             raise BadCheckpointError(
-                f"k_proj and v_proj of layer {layer} differ in {checkpoint}",
+                f"K and V of layer {layer} differ in {checkpoint}",
                 "the shared cache would compute another function than the stored weights",
                 "convert the model again; train shared models through kvshare only",
             )
@@ -348,8 +350,14 @@ def _bytes(folder: Path, spec: TensorSpec) -> bytes:
         return stream.read(spec.bytes)
 
 
+def _thirds(data: bytes, rows: int) -> tuple[bytes, bytes]:
+    """The bytes of k and of v in a tensor that holds q, k and v side by side in each of its `rows`."""
+    parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, 3, -1)
+    return parts[:, 1].numpy().tobytes(), parts[:, 2].numpy().tobytes()
+
+
 def verify(checkpoint: str | Path) -> Verification:
-    """Recompute every checksum of the manifest and the equality of k_proj and v_proj.
+    """Recompute every checksum of the manifest and the equality of the weights of K and V.
 
     Args:
         checkpoint: a folder that kvshare wrote.

@@ -33,6 +33,7 @@ from kvshare.data import SELF, check_data, check_tokenizer, load_rows, load_toke
 from kvshare.evaluation import Report, compare, evaluation_rows, stored_bytes
 from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
 from kvshare.layerwise import LayerReport, merge_layers
+from kvshare.layout import names, pack, unpack
 from kvshare.loading import load, load_native
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
@@ -160,10 +161,9 @@ def _write_merged(work: Path, plan: Plan, teacher: Any, tokenizer: Any, progress
     for layer, (weights, report) in enumerate(_merged_layers(plan, teacher, tokenizer, progress)):
         if report is not None:
             reports.append(report)
-        for part in ("q", "k", "v", "o"):
-            for name, field in ((plan.family.weight(layer, part), part), (plan.family.bias(layer, part), f"{part}_bias")):
-                if name in planned:
-                    writer.put(name, getattr(weights, field))
+        for name, value in pack(weights, plan.family).items():
+            if (stored := plan.family.tensor(layer, name)) in planned:
+                writer.put(stored, value)
     writer.finish()
     write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
     for name in CARRIED_FILES:
@@ -195,12 +195,9 @@ def _merged_layers(
 
 def _stored_weights(plan: Plan, layer: int) -> AttentionWeights:
     """The attention of one layer as it lies on the disk."""
-    tensors = {}
-    for part in ("q", "k", "v", "o"):
-        for name, field in ((plan.family.weight(layer, part), part), (plan.family.bias(layer, part), f"{part}_bias")):
-            if name in plan.source.tensors and field != "o_bias":
-                tensors[field] = read_tensor(plan.source.path, plan.source.tensors[name])
-    return AttentionWeights(head_dim=plan.head_dim, **tensors)
+    stored = {name: plan.source.tensors.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
+    tensors = {name: read_tensor(plan.source.path, spec) for name, spec in stored.items() if spec is not None}
+    return unpack(tensors, plan.family, plan.head_dim)
 
 
 def _auto_map(plan: Plan) -> dict[str, str]:

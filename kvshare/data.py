@@ -225,7 +225,7 @@ def self_rows(
 
 def _cache_bytes(config: PreTrainedConfig) -> int:
     """Bytes per token of the model's cache in float32."""
-    heads = config.num_key_value_heads or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * 4 * int(config.num_hidden_layers) * int(heads) * int(width)
 

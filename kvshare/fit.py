@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kvshare.calibrate import LayerCall
+from kvshare.families import Family
+from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
 from kvshare.recipe import Fit
 
@@ -37,6 +39,7 @@ class FitReport:
 
 def fit_layer(
     attention: nn.Module,
+    family: Family,
     weights: AttentionWeights,
     inputs: Tensor,
     wanted: Tensor,
@@ -52,6 +55,7 @@ def fit_layer(
 
     Args:
         attention: the layer's attention in the output's shape, float32; its own parameters are not changed.
+        family: of the layer.
         weights: where training starts.
         inputs: attention inputs (rows, length, hidden).
         wanted: attention outputs of the source (rows, length, hidden).
@@ -61,15 +65,6 @@ def fit_layer(
         progress: called with steps done and steps in all.
     """
     device = inputs.device
-    names = {
-        "q": "q_proj.weight",
-        "o": "o_proj.weight",
-        "q_bias": "q_proj.bias",
-        "k_bias": "k_proj.bias",
-        "v_bias": "v_proj.bias",
-        "query_norm": "q_norm.weight",
-        "key_norm": "k_norm.weight",
-    }
     start = {field: value.float().to(device) for field, value in weights.tensors.items() if field != "v"}
     # Rows of very different size share one learning rate: each matrix is trained relative to its own scale.
     scales = {field: value.square().mean().sqrt().clamp_min(1e-8) for field, value in start.items()}
@@ -87,8 +82,7 @@ def fit_layer(
     def missed(rows: Tensor) -> Tensor:
         """E|y - y_shared|^2 / E|y|^2 over some rows."""
         current = {field: value * scales[field] for field, value in free.items()}
-        parameters = {names[field]: value for field, value in current.items() if field in names}
-        parameters |= {"k_proj.weight": current["k"], "v_proj.weight": current["k"]}
+        parameters = pack(weights.with_tensors(current | {"v": current["k"]}), family)
         result = functional_call(attention, parameters, (), {"hidden_states": inputs[rows], **arguments})
         return (result[0] - wanted[rows]).square().sum() / wanted[rows].square().sum().clamp_min(1e-30)
 

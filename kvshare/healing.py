@@ -1,7 +1,7 @@
 """Healing: a short LoRA distillation that brings a shared model back to its source.
 
 In: a kvshare checkpoint, its source as the teacher, text. Out: another checkpoint of the same form, LoRA merged, tie kept.
-Never: trains embeddings, trains k_proj and v_proj apart, leaves an adapter that must be loaded separately.
+Never: trains embeddings, trains K and V apart, leaves an adapter that must be loaded separately.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from kvshare.checkpoint import (
 )
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.errors import KVShareError, UsageError
+from kvshare.families import family_of
+from kvshare.layout import tied
 from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
 
-SHARED = "k_proj"  # the module that holds the shared projection, in every family
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 BASE_RATE, BASE_HIDDEN = 2e-3, 128
 FINGERPRINT = "job.json"
@@ -169,8 +170,10 @@ def heal_into(
     student = load(checkpoint, dtype=torch.float32)
     changed, result = train(student, teacher, rows, recipe.heal, recipe.seed, state, resume, progress)
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
-    for name in [name for name in changed if f".{SHARED}.weight" in name]:
-        changed[name.replace(f".{SHARED}.", ".v_proj.")] = changed[name]
+    # a base model's checkpoint lacks the first part of each name
+    bare = f"{student.base_model_prefix}."
+    changed = tied(changed, family_of(student.config.model_type))
+    changed = {name if name in specs else name.removeprefix(bare): value for name, value in changed.items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
         if spec.name in changed:
@@ -216,12 +219,17 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint
 
     transformers.set_seed(seed)
+    family = family_of(student.config.model_type)
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # noise that the teacher does not have; one pass over the text needs no other regulariser
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=2 * settings.lora_rank,
         lora_dropout=0.0,
-        target_modules=list(_targets(student, settings)),
-        modules_to_save=[SHARED],
+        target_modules=list(_targets(student, settings, family.k)),
+        modules_to_save=[family.k],
+        fan_in_fan_out=family.transposed,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(student, config)
@@ -254,7 +262,7 @@ def train(
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",
     )
-    optimizer = _optimizer(adapted, rate, settings.shared_rate)
+    optimizer = _optimizer(adapted, family.k, rate, settings.shared_rate)
     trainer = _distiller(adapted, teacher, arguments, optimizer, rows, settings.temperature, progress)
     newest = get_last_checkpoint(str(state)) if resume else None
     trainer.train(resume_from_checkpoint=newest)
@@ -270,18 +278,20 @@ def train(
     return changed, HealResult(rows.numel(), steps, losses)
 
 
-def _optimizer(adapted: nn.Module, rate: float, shared_rate: float) -> torch.optim.Optimizer:
+def _optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: float) -> torch.optim.Optimizer:
     """AdamW with a lower rate for the shared projections: values read small parts of them, amplified many times."""
     trainable = [(name, value) for name, value in adapted.named_parameters() if value.requires_grad]
-    shared = [value for name, value in trainable if f".{SHARED}." in name]
-    others = [value for name, value in trainable if f".{SHARED}." not in name]
+    shared = [value for name, value in trainable if f".{shared_name}." in name]
+    others = [value for name, value in trainable if f".{shared_name}." not in name]
     groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def _targets(student: nn.Module, settings: Heal) -> tuple[str, ...]:
-    present = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-    targets = tuple(name for name in settings.lora_targets if name in present and name != SHARED)
+def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    present = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    targets = tuple(name for name in settings.lora_targets if name in present and name != shared_name)
     if not targets:
         raise UsageError(
             "the recipe's lora_targets are not in the model",

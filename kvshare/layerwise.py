@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, run_layer
+from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, rotary_dim, run_layer
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
+from kvshare.layout import pack, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, merge_svd, search_grouping, solve_layer
@@ -62,18 +63,10 @@ def attention_of(layer: nn.Module, family: Family) -> nn.Module:
     return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
 
 
-def read_weights(attention: nn.Module, family: Family, head_dim: int) -> AttentionWeights:
+def read_weights(attention: nn.Module, family: Family, head_dim: int, rotary_dim: int | None = None) -> AttentionWeights:
     """The projections of an attention module as `AttentionWeights`, in the module's dtype."""
-
-    def tensor(module: str | None, kind: str) -> Tensor | None:
-        part = getattr(attention, module, None) if module else None
-        value = getattr(part, kind, None)
-        return None if value is None else value.detach()
-
-    weights: dict[str, Any] = {part: getattr(attention, getattr(family, part)).weight.detach() for part in "qkvo"}
-    biases: dict[str, Any] = {f"{part}_bias": tensor(getattr(family, part), "bias") for part in "qkv"}
-    norms: dict[str, Any] = {"query_norm": tensor(family.query_norm, "weight"), "key_norm": tensor(family.key_norm, "weight")}
-    return AttentionWeights(head_dim=head_dim, **weights, **biases, **norms)
+    tensors = {name: value.detach() for name, value in attention.named_parameters()}
+    return unpack(tensors, family, head_dim, rotary_dim)
 
 
 def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) -> nn.Module:
@@ -81,20 +74,9 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
     changed = copy.deepcopy(layer)
     attention: Any = attention_of(changed, family)
     device = next(layer.parameters()).device
-    for part in ("q", "k", "v", "o"):
-        old = getattr(attention, getattr(family, part))
-        value = getattr(weights, part)
-        new = nn.Linear(value.shape[1], value.shape[0], bias=old.bias is not None, device=device, dtype=torch.float32)
-        with torch.no_grad():
-            new.weight.copy_(value)
-            if old.bias is not None:
-                bias = getattr(weights, f"{part}_bias", None)
-                new.bias.copy_(old.bias if bias is None else bias)
-        setattr(attention, getattr(family, part), new)
-    for field, module in (("query_norm", family.query_norm), ("key_norm", family.key_norm)):
-        if module is not None and getattr(weights, field) is not None:
-            with torch.no_grad():
-                getattr(attention, module).weight.copy_(getattr(weights, field))
+    for name, value in pack(weights, family).items():
+        module, _, kind = name.rpartition(".")
+        setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
     attention.num_key_value_groups = weights.query_heads // weights.kv_heads
     return changed
 
@@ -115,7 +97,7 @@ def merge_layers(
         the weights of each layer, rounded to `stored`, and the report of the merge.
     """
     family, recipe = plan.family, plan.recipe
-    layers = model.get_decoder().layers
+    layers = getattr(model.get_decoder(), family.stack)
     source_hidden, calls = first_inputs(model, layers, rows, device)
     hidden = source_hidden.clone()
     for index, (original, call) in enumerate(zip(layers, calls, strict=True)):
@@ -153,7 +135,8 @@ def _source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCa
 def _merge_layer(
     view: _View, head_dim: int, kv_heads: int, recipe: Recipe, index: int, progress: Progress
 ) -> tuple[AttentionWeights, LayerReport]:
-    weights = read_weights(attention_of(view.layer, view.family), view.family, head_dim)
+    attention = attention_of(view.layer, view.family)
+    weights = read_weights(attention, view.family, head_dim, rotary_dim(attention, view.family, view.call))
     settings = recipe.merge
     grouping = _grouping(view, weights, kv_heads, settings)
     moments = _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting)
@@ -190,7 +173,7 @@ def _share(hidden: Tensor) -> int:
 def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
     attention = attention_of(view.layer, view.family)
     sums = MomentSums(weights, grouping, weighting)
-    how = attending(attention, view.call)
+    how = attending(attention, view.call, weights.rotated)
     for batch in batches(view.hidden):
         sums.add(enters(view.layer, attention, batch.to(view.device), view.call), how)
     return sums.moments()
@@ -252,4 +235,5 @@ def _learn(
     def step(done: int, total: int) -> None:
         progress(f"fitting layer {index}", done, total)
 
-    return fit_layer(attention, merged, inputs, view.wanted.to(view.device), view.call, recipe.fit, recipe.seed + index, step)
+    wanted, seed = view.wanted.to(view.device), recipe.seed + index
+    return fit_layer(attention, view.family, merged, inputs, wanted, view.call, recipe.fit, seed, step)

@@ -105,8 +105,9 @@ class MomentSums:
         else:
             importance = relative if self.weighting == "projections" else torch.ones_like(relative)
             if self.weighting == "projections":
-                squares = (queries * attending.scaling).square().double().sum((0, 2)).view(w.kv_heads, served, -1).sum(1)
-                self.metric += torch.diag_embed(_pair_means(squares) * relative.double().mean((0, 2))[:, None])
+                scaled = (queries * attending.scaling).double().view(rows, w.kv_heads, served, tokens, w.head_dim)
+                mean_relative = relative.double().mean((0, 2))[:, None, None]
+                self.metric += torch.einsum("rhqtc,rhqtd->hcd", scaled, scaled) * mean_relative
             self.sampled += rows * tokens
             self._add_plain_values(bare)
         self.weight += importance.double().sum((0, 2))
@@ -123,13 +124,13 @@ class MomentSums:
         queries = attending.rotate(queries, positions) * attending.scaling
         keys = attending.rotate(keys, positions)
         importance = torch.zeros_like(relative)
-        energies = _pair_means(keys.square().mean(2))  # (rows, kv heads, head_dim); relative positions turn rope pairs
+        energies = _turned(keys.transpose(-1, -2) @ keys / keys.shape[2], w.rotated)  # (rows, kv heads, head_dim, head_dim)
         for head in range(w.kv_heads):
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
             attention = scores.masked_fill(~attending.visible, -torch.inf).softmax(-1)
             costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None]
-            scores = (queries[:, own].square() * energies[:, head, None, None]).sum(-1, keepdim=True)
+            scores = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
             importance[:, head] = (costs * scores).sum((1, 2))
             self._add_metric(queries[:, own], costs, head, attending)
             self._add_values(attention, bare, head)
@@ -191,8 +192,8 @@ class MomentSums:
         """The moments of all batches so far."""
         w = self.weights
         metric = self.metric / self.sampled
-        pairs = _pair_means(metric.diagonal(dim1=-2, dim2=-1))
-        metric = (1 - ROPE_AVERAGE) * metric + ROPE_AVERAGE * torch.diag_embed(pairs)
+        averaged = 1.0 if self.weighting == "projections" else ROPE_AVERAGE
+        metric = (1 - averaged) * metric + averaged * _turned(metric, w.rotated)
         if w.key_norm is not None:
             norm = w.key_norm.to(metric)
             metric = norm[:, None] * metric * norm
@@ -222,8 +223,13 @@ class MomentSums:
         return total
 
 
-def _pair_means(x: Tensor) -> Tensor:
-    """Each number of the last dimension replaced by the mean of its rope pair (j, j + D/2)."""
-    half = x.shape[-1] // 2
-    means = (x[..., :half] + x[..., half:]) / 2
-    return torch.cat([means, means], -1)
+def _turned(second: Tensor, rotary_dim: int) -> Tensor:
+    """Second moments (..., D, D) averaged over all turns of rope: nothing is left between pairs or between them and numbers that
+    are not rotated.
+    """
+    half = rotary_dim // 2
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    pairs = (diagonal[..., :half] + diagonal[..., half:rotary_dim]) / 2
+    averaged = torch.diag_embed(torch.cat([pairs, pairs, torch.zeros_like(diagonal[..., rotary_dim:])], -1))
+    averaged[..., rotary_dim:, rotary_dim:] = second[..., rotary_dim:, rotary_dim:]
+    return averaged

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
-from kvshare.families import PARTS, Family, family_of
+from kvshare.families import PARTS, Family, Part, family_of
 from kvshare.hub import describe
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec
@@ -91,7 +91,7 @@ class Plan:
         source = self.bytes_read
         if self.recipe.init == "mean" and not self.recipe.heal.enabled:
             return max(tensor.bytes for tensor in self.tensors) * 10 + 500_000_000
-        hidden = int(self.config["hidden_size"])
+        hidden = int(self.config[self.family.field("hidden_size")])
         calibration = 5 * 4 * hidden * self.recipe.calibration.tokens
         copies = 2 if self.recipe.heal.enabled else 1
         width = max((4 / ITEM_BYTES[tensor.dtype] for tensor in self.tensors), default=1.0)
@@ -172,24 +172,38 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             "its K and V are one projection",
             "convert the model it came from, with the settings you want",
         )
-    family = family_of(source.model_type)
+    family = family_of(source.model_type).located(source.tensors)
     if config.get("quantization_config") is not None:
         raise UnsupportedModelError(
             f"{source.name} is quantised",
             "the merge needs the projections as floating-point numbers",
             "convert the unquantised model and quantise the result",
         )
+    for name, value in family.only.items():
+        if config.get(name, value) != value:
+            raise UnsupportedModelError(
+                f"{source.name} has {name} = {config[name]!r}",
+                f"of {family.model_type}, kvshare knows the models with {value!r}",
+                "choose another model",
+            )
     architecture = config.get("architectures")
-    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith("ForCausalLM")):
+    endings = ("ForCausalLM", "LMHeadModel")
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith(endings)):
         raise UnsupportedModelError(
             f"{source.name} is not a causal language model",
             f"config.json names the architectures {architecture!r}",
-            "give a model whose architecture ends in ForCausalLM",
+            f"give a model whose architecture ends in {' or '.join(endings)}",
         )
-    layers, query_heads, source_heads, head_dim, hidden = _geometry(source)
+    layers, query_heads, source_heads, head_dim, hidden = _geometry(source, family)
     reasons: list[str] = []
     heads = _resolve_heads(recipe.kv_heads, source_heads, query_heads, reasons)
-    shapes = {
+    if family.kv_heads is None and heads != source_heads:
+        raise UsageError(
+            f"{source.name} cannot have {heads} KV heads",
+            f"a {family.model_type} model has no number of KV heads in its config: each query head has its own",
+            "take kv_heads all: K and V become one projection, which is half the cache",
+        )
+    shapes: dict[Part, tuple[int, int]] = {
         "q": (query_heads * head_dim, hidden),
         "k": (source_heads * head_dim, hidden),
         "v": (source_heads * head_dim, hidden),
@@ -199,22 +213,26 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     for layer in range(layers):
         for part in PARTS:
             expected = shapes[part]
-            _require(source, family.weight(layer, part), expected)
+            _require(source, family.weight(layer, part), family.stored_shape(part, shapes))
             changes = part in "kv" or recipe.init in CALIBRATED
             rows = heads * head_dim if part in "kv" else expected[0]
+            after = shapes | {part: (rows, expected[1])}
             if changes:
-                merged[family.weight(layer, part)] = (rows, expected[1])
+                merged[family.weight(layer, part)] = family.stored_shape(part, after)
             bias = family.bias(layer, part)
             if bias in source.tensors and part != "o" and changes:
-                _require(source, bias, expected[:1])
-                merged[bias] = (rows,)
+                _require(source, bias, family.stored_shape(part, shapes, bias=True))
+                merged[bias] = family.stored_shape(part, after, bias=True)
+        if recipe.init == "learned":  # which trains the norms, too
+            norms = [family.tensor(layer, f"{norm}.weight") for norm in (family.query_norm, family.key_norm)]
+            merged |= {name: source.tensors[name].shape for name in norms if name in source.tensors}
     tensors = tuple(
         TensorPlan(spec.name, "merge" if spec.name in merged else "copy", spec.dtype, merged.get(spec.name, spec.shape), spec)
         for spec in sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))
     )
     key = source.tensors[family.weight(0, "k")]
     per_head = layers * head_dim * ITEM_BYTES[key.dtype]
-    output_config = copy.deepcopy(config) | {"num_key_value_heads": heads, "head_dim": head_dim}
+    output_config = copy.deepcopy(config) | ({family.kv_heads: heads, "head_dim": head_dim} if family.kv_heads else {})
     output_config.pop("auto_map", None)
     reasons.append(
         f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
@@ -238,11 +256,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def _geometry(source: Source) -> tuple[int, int, int, int, int]:
+def _geometry(source: Source, family: Family) -> tuple[int, int, int, int, int]:
     """Layers, query heads, KV heads, head_dim and hidden_size of a config."""
     config = source.config
     values = []
-    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+    for key in map(family.field, ("num_hidden_layers", "num_attention_heads", "hidden_size")):
         value = config.get(key)
         if type(value) is not int or value < 1:
             raise BadCheckpointError(
@@ -250,7 +268,7 @@ def _geometry(source: Source) -> tuple[int, int, int, int, int]:
             )
         values.append(value)
     layers, query_heads, hidden = values
-    kv_heads = config.get("num_key_value_heads") or query_heads
+    kv_heads = (config.get(family.kv_heads) if family.kv_heads else None) or query_heads
     head_dim = config.get("head_dim") or hidden // query_heads
     if type(kv_heads) is not int or type(head_dim) is not int or kv_heads < 1 or query_heads % kv_heads or head_dim % 2:
         raise BadCheckpointError(

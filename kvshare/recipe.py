@@ -91,7 +91,10 @@ class Heal(_Settings):
     shared_rate: PositiveReal = 0.05
     """Learning rate of the shared projections, as a fraction of the others'."""
     lora_rank: Positive = 16
-    lora_targets: tuple[str, ...] = Field(("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1)
+    lora_targets: tuple[str, ...] = Field(
+        ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "dense", "fc1", "fc2", "c_fc", "c_proj"), min_length=1
+    )
+    """Names in all families together; a model has some of them."""
     temperature: PositiveReal = 1.0
     save_steps: Positive = 50
 

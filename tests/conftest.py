@@ -35,19 +35,17 @@ TEXT = [
 def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
     """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality."""
     torch.manual_seed(7)
-    settings = {
+    shape = {
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 8,
-        "vocab_size": 4096,
         "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "tie_word_embeddings": False,
-    } | fields
+    }
+    settings = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
+    settings |= fields if "n_embd" in fields else shape | fields
     config = transformers.AutoConfig.for_model(model_type, **settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -72,6 +70,10 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
+    "smollm3-bias": ("smollm3", {"no_rope_layers": [0, 1], "attention_bias": True, "pad_token_id": None}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 8, "n_positions": 512}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
 }
 
 

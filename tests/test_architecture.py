@@ -18,7 +18,7 @@ LAYERS = [
     ["recipe", "families", "source"],
     ["hub"],
     ["planning", "merge", "progress", "data"],
-    ["moments"],
+    ["moments", "layout"],
     ["calibrate"],
     ["fit"],
     ["layerwise"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SOURCES
 
-from kvshare.calibrate import attending, enters, first_inputs
+from kvshare.calibrate import attending, enters, first_inputs, rotary_dim
 from kvshare.families import family_of
 from kvshare.layerwise import attention_of, read_weights
 from kvshare.loading import load_native
@@ -20,11 +20,12 @@ def test_attention_written_out_is_the_attention_of_the_module(key: str, source_f
     model = load_native(source_folder(key), dtype=torch.float32)
     family = family_of(model.config.model_type)
     rows = torch.randint(1, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
-    layers = model.get_decoder().layers
+    layers = getattr(model.get_decoder(), family.stack)
     hidden, calls = first_inputs(model, layers, rows, torch.device("cpu"))
     attention = attention_of(layers[0], family)
-    how = attending(attention, calls[0])
-    w = read_weights(attention, family, model.config.head_dim)
+    turned = rotary_dim(attention, family, calls[0])
+    how = attending(attention, calls[0], turned)
+    w = read_weights(attention, family, 8, turned)
     inputs = enters(layers[0], attention, hidden, calls[0])
     given: list[torch.Tensor] = []
     output = getattr(attention, family.o)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import kvshare
 from kvshare import checkpoint as checkpoints
-from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify
+from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify, verify_tie
 from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
 
 
@@ -66,6 +67,23 @@ def test_a_broken_tie_is_refused_on_load(checkpoint: Path) -> None:
     change_weights(checkpoint, change)
     with pytest.raises(BadCheckpointError, match="layer 3 differ"):
         kvshare.load(checkpoint)
+
+
+@pytest.mark.parametrize(("column", "fits"), [(0, True), (63, True), (64, False), (127, False), (128, False), (191, False)])
+def test_the_tie_of_a_fused_tensor_is_that_of_its_parts(
+    converted_folder: Callable[..., Path], tmp_path: Path, column: int, fits: bool
+) -> None:
+    folder = Path(shutil.copytree(converted_folder("gpt2"), tmp_path / "checkpoint"))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["transformer.h.1.attn.c_attn.weight"][5, column] += 1  # (hidden, queries + keys + values), 64 of each
+
+    change_weights(folder, change)
+    if fits:
+        assert verify_tie(folder) == 2
+        return
+    with pytest.raises(BadCheckpointError, match="layer 1 differ"):
+        kvshare.load(folder)
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvshare
 from kvshare.checkpoint import sha256, work_folder
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.families import family_of
+from kvshare.fit import fit_layer
+from kvshare.layout import pack, tied, unpack
+from kvshare.merge import AttentionWeights
+from kvshare.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,37 +73,67 @@ def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
     assert reports["learned"]["kl"] < 0.9 * reports["svd"]["kl"]
 
 
+@pytest.mark.parametrize("key", ["qwen3", "phi", "smollm3", "gpt2"])
+def test_what_was_learned_is_what_is_written(
+    tmp_path: Path, source_folder: Callable[[str], Path], text_file: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[AttentionWeights] = []
+
+    def watched(*arguments: Any) -> AttentionWeights:
+        learned.append(fit_layer(*arguments))
+        return learned[-1]
+
+    monkeypatch.setattr("kvshare.layerwise.fit_layer", watched)
+    recipe = Recipe.model_validate(
+        {
+            "init": "learned",
+            "fit": {"steps": 2},
+            "merge": {"refit": False},
+            "heal": {"enabled": False},
+            "calibration": {"data": text_file, "tokens": 1024, "sequence_length": 64},
+            "evaluation": {"data": text_file, "tokens": 512},
+        }
+    )
+    family = kvshare.convert(source_folder(key), tmp_path / "out", recipe=recipe).plan.family
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for layer, weights in enumerate(learned):
+        for name, value in pack(weights, family).items():
+            torch.testing.assert_close(tensors[family.tensor(layer, name)], value.float())
+
+
 @pytest.mark.parametrize("key", SOURCES)
 @pytest.mark.parametrize("init", ["mean", "svd"])
 def test_output_is_native_and_tied(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], key: str, init: str
 ) -> None:
-    folder, source = converted_folder(key, 2, init), source_folder(key)
+    family = family_of(SOURCES[key][0])
+    heads = 2 if family.kv_heads else 8
+    folder, source = converted_folder(key, 2 if family.kv_heads else "all", init), source_folder(key)
     config, origin = (json.loads((path / "config.json").read_text()) for path in (folder, source))
     assert config["model_type"] == origin["model_type"]
     assert config["architectures"] == origin["architectures"]
-    assert config["num_key_value_heads"] == 2
+    assert config.get("num_key_value_heads", 8) == heads
     tensors, before = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
     assert tensors.keys() == before.keys()
     for layer in range(2):
-        prefix = f"model.layers.{layer}.self_attn"
-        assert torch.equal(tensors[f"{prefix}.k_proj.weight"], tensors[f"{prefix}.v_proj.weight"])
-        assert tensors[f"{prefix}.k_proj.weight"].shape[0] == 16
-    untouched = [name for name in tensors if "self_attn" not in name]
+        prefix = family.tensor(layer, "")
+        attention = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        weights = unpack(attention, family, 8)
+        assert torch.equal(weights.k, weights.v)
+        assert weights.k.shape[0] == heads * 8
+    untouched = [name for name in tensors if "attn" not in name]
     assert all(torch.equal(tensors[name], before[name]) for name in untouched)
     assert AutoTokenizer.from_pretrained(folder)(TEXT[0]) == AutoTokenizer.from_pretrained(source)(TEXT[0])
 
 
-@pytest.mark.parametrize("key", ["llama-mha", "llama-gqa", "qwen2", "qwen3"])
+@pytest.mark.parametrize("key", ["llama-mha", "llama-gqa", "qwen2", "qwen3", "smollm3", "phi", "gpt2"])
 def test_a_model_that_shares_already_comes_back_the_same(
     tmp_path: Path, source_folder: Callable[[str], Path], text_file: str, key: str
 ) -> None:
     source = Path(shutil.copytree(source_folder(key), tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
-    for name in tensors:
-        if name.endswith("v_proj.weight"):
-            tensors[name] = tensors[name.replace("v_proj", "k_proj")].clone()
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    shared = tied(tensors, family_of(SOURCES[key][0]))
+    save_file({name: value.clone() for name, value in shared.items()}, source / "model.safetensors", metadata={"format": "pt"})
     kvshare.convert(
         source, tmp_path / "out", calibration=text_file, calibration_tokens=4096, heal=False, eval_data=text_file, eval_tokens=512
     )
@@ -155,6 +191,29 @@ def test_the_kvshare_block_tells_what_was_done(converted_folder: Callable[..., P
     assert block["source"]["num_key_value_heads"] == 8
     assert block["recipe"]["kv_heads"] == 2
     assert block["seed"] == 0
+
+
+def test_a_base_model_s_names_are_kept(tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
+    """As in the first checkpoint of gpt2, which also stores its causal masks."""
+    settings = {"calibration": text_file, "calibration_tokens": 1024, "heal": False, "eval_data": text_file, "eval_tokens": 512}
+    source = Path(shutil.copytree(source_folder("gpt2"), tmp_path / "source"))
+    kvshare.convert(source, tmp_path / "whole", **settings)  # type: ignore[arg-type]
+    tensors = {name.removeprefix("transformer."): value for name, value in load_file(source / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 512, 512).tril()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    kvshare.convert(source, tmp_path / "bare", **settings)  # type: ignore[arg-type]
+    whole, bare = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "bare"))
+    assert bare.keys() == tensors.keys()
+    assert all(torch.equal(value, bare[name.removeprefix("transformer.")]) for name, value in whole.items())
+    ids = AutoTokenizer.from_pretrained(source)(TEXT[0], return_tensors="pt")["input_ids"]
+    native, shared = AutoModelForCausalLM.from_pretrained(tmp_path / "bare"), kvshare.load(tmp_path / "bare")
+    torch.testing.assert_close(shared(ids).logits, native(ids).logits, atol=1e-4, rtol=0)
+    recipe = Recipe.model_validate({"heal": {"batch_tokens": 256, "sequence_length": 64}})
+    kvshare.heal(tmp_path / "bare", tmp_path / "healed", source, text_file, tokens=1_024, recipe=recipe)
+    healed = load_file(tmp_path / "healed" / "model.safetensors")
+    assert healed.keys() == tensors.keys()
+    assert not torch.equal(healed["h.1.attn.c_attn.weight"], bare["h.1.attn.c_attn.weight"])
+    kvshare.verify(tmp_path / "healed")
 
 
 def test_licence_follows_the_weights(tmp_path: Path, text_file: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import kvshare
 from kvshare.checkpoint import work_folder
 from kvshare.errors import UsageError
+from kvshare.families import PARTS, family_of
 from kvshare.healing import batch_rows, distillation_loss
 from kvshare.recipe import Heal
 
@@ -35,7 +36,7 @@ def test_healing_brings_a_trained_model_closer(converted_folder: Callable[..., P
     assert after.cache_bytes_per_token == before.cache_bytes_per_token
 
 
-@pytest.mark.parametrize("key", ["llama-gqa", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("key", ["llama-gqa", "mistral", "qwen2", "qwen3", "smollm3", "phi", "gpt2"])
 def test_the_tie_holds_and_embeddings_stay(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str
 ) -> None:
@@ -45,9 +46,10 @@ def test_the_tie_holds_and_embeddings_stay(
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    prefix = "model.layers.0"
-    assert {f"{prefix}.self_attn.{part}_proj.weight" for part in "qkvo"} | {f"{prefix}.mlp.up_proj.weight"} <= changed
-    assert not {name for name in changed if "embed" in name or "norm" in name or "lm_head" in name}
+    family = family_of(json.loads((folder / "config.json").read_text())["model_type"])
+    assert {family.weight(0, part) for part in PARTS} <= changed
+    assert {name for name in before if ".0.mlp." in name and name.endswith("weight")} <= changed
+    assert not {name for name in changed if any(part in name for part in ("embed", "norm", "lm_head", "wte", "wpe", "ln_"))}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["kvshare"]["healed_tokens"] == 4_096
     kvshare.load(tmp_path / "out")
 

@@ -16,6 +16,7 @@ from conftest import SOURCES, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kvshare
+from kvshare.checkpoint import verify_tie
 from kvshare.evaluation import cached_numbers
 
 KEYS = ["tiny", *SOURCES]
@@ -129,6 +130,22 @@ def test_save_pretrained_writes_both_names(pair: Callable[..., tuple[Any, Any]],
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("key", ["qwen2", "phi", "gpt2"])
+def test_what_was_trained_in_the_shared_form_is_saved_tied(converted_folder: Callable[..., Path], tmp_path: Path, key: str) -> None:
+    shared = kvshare.load(converted_folder(key), dtype=torch.float32)
+    ids = prompt(TEXT[:1])["input_ids"]
+    shared(ids, labels=ids, use_cache=False).loss.backward()
+    with torch.no_grad():
+        for value in shared.parameters():
+            if value.grad is not None:
+                value -= 1e-2 * value.grad
+        expected = shared(ids).logits
+    shared.save_pretrained(tmp_path)
+    assert verify_tie(tmp_path) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=0)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients(converted_folder: Callable[..., Path]) -> None:
     ids = prompt(TEXT[:2])["input_ids"]
 
@@ -161,10 +178,11 @@ print(json.dumps(out))
 """
 
 
-def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["qwen2", "gpt2"])
+def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path, key: str) -> None:
     ids = prompt(TEXT[:1])["input_ids"][0].tolist()
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(converted_folder("qwen2")), json.dumps(ids)],
+        [sys.executable, "-c", REMOTE, str(converted_folder(key)), json.dumps(ids)],
         capture_output=True,
         text=True,
         check=True,

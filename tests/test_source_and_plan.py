@@ -207,9 +207,35 @@ def test_a_model_that_is_nowhere_is_named(model: str) -> None:
 
 def test_an_unknown_family_names_the_closest(single: Path) -> None:
     edit_json(single / "config.json", lambda config: config.update(model_type="qwen4"))
-    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", "llama, mistral, qwen2, qwen3")
+    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", "gpt2, llama, mistral, phi, qwen2, qwen3, smollm3")
     edit_json(single / "config.json", lambda config: config.pop("model_type"))
-    refusal(single, UnsupportedModelError, "llama, mistral, qwen2, qwen3")
+    refusal(single, UnsupportedModelError, "gpt2, llama, mistral, phi, qwen2, qwen3, smollm3")
+
+
+def test_a_form_of_a_family_that_is_not_known_names_the_field(source_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(source_folder("phi"), tmp_path / "phi"))
+    kvshare.plan(folder)
+    edit_json(folder / "config.json", lambda config: config.update(qk_layernorm=True))
+    refusal(folder, UnsupportedModelError, "qk_layernorm = True", "phi")
+
+
+@pytest.mark.parametrize("kv_heads", [4, "1/2", 1])
+def test_heads_of_a_family_without_a_number_for_them_stay(source_folder: Callable[[str], Path], kv_heads: int | str) -> None:
+    refusal(source_folder("gpt2"), UsageError, "gpt2", "kv_heads all", kv_heads=kv_heads)
+    assert kvshare.plan(source_folder("gpt2"), kv_heads=8).to_dict()["cache_reduction"] == 0.5
+
+
+def test_a_fused_tensor_is_merged_whole(source_folder: Callable[[str], Path]) -> None:
+    merged = {
+        init: {
+            tensor.name.removeprefix("transformer.h.1."): tensor.shape
+            for tensor in kvshare.plan(source_folder("gpt2"), init=init).tensors
+            if tensor.action == "merge" and ".h.1." in tensor.name
+        }
+        for init in ("mean", "svd")
+    }
+    assert merged["mean"] == {"attn.c_attn.weight": (64, 192), "attn.c_attn.bias": (192,)}
+    assert merged["svd"] == merged["mean"] | {"attn.c_proj.weight": (64, 64)}
 
 
 @pytest.mark.parametrize("kv_heads", [3, 16, 5, "1/3", "12"])
@@ -287,8 +313,8 @@ def test_planned_tensors_are_the_written_ones(
 
 
 def test_what_is_copied_and_what_is_merged(source_folder: Callable[[str], Path]) -> None:
-    def merged(init: str) -> set[str]:
-        plan = kvshare.plan(source_folder("qwen2"), init=init)
+    def merged(init: str, key: str = "qwen2") -> set[str]:
+        plan = kvshare.plan(source_folder(key), init=init)
         return {tensor.name.removeprefix("model.layers.1.self_attn.") for tensor in plan.tensors if tensor.action == "merge"} - {
             tensor.name for tensor in plan.tensors if ".layers.0." in tensor.name
         }
@@ -296,6 +322,7 @@ def test_what_is_copied_and_what_is_merged(source_folder: Callable[[str], Path])
     changed = {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
     assert merged("mean") == changed
     assert merged("svd") == merged("learned") == changed | {"q_proj.weight", "q_proj.bias", "o_proj.weight"}
+    assert merged("learned", "qwen3") - merged("svd", "qwen3") == {"q_norm.weight", "k_norm.weight"}
 
 
 @pytest.mark.parametrize(

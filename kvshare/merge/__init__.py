@@ -20,7 +20,8 @@ class AttentionWeights:
 
     Shapes: `q` (query heads * head_dim, hidden), `k` and `v` (kv heads * head_dim, hidden), `o` (hidden, query heads *
     head_dim); biases and norms are None where the layer has none. `query_norm` and `key_norm` (head_dim) are the weights
-    of a per-head RMS norm before rope.
+    of a per-head RMS norm before rope. Rope turns the first `rotary_dim` numbers of every head, in pairs (j, j + rotary_dim/2),
+    and leaves the others alone; None is all of them, 0 none (NoPE).
     """
 
     q: Tensor
@@ -33,6 +34,7 @@ class AttentionWeights:
     v_bias: Tensor | None = None
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+    rotary_dim: int | None = None
 
     @property
     def query_heads(self) -> int:
@@ -43,6 +45,11 @@ class AttentionWeights:
     def kv_heads(self) -> int:
         """How many KV heads there are."""
         return self.k.shape[0] // self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head rope turns."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kvshare.merge import AttentionWeights, Grouping, Moments
-from kvshare.merge.svd import GroupProblem, GroupSolution, gauge_matrix, solve_group, solve_in_turn
+from kvshare.merge.readers import GroupProblem, GroupSolution
+from kvshare.merge.svd import solve_group, solve_in_turn
 
 EXHAUSTIVE_HEADS = 16
 PAIR_ITERATIONS = 20  # enough for the order of pair losses; the final solve runs to convergence
@@ -120,6 +121,7 @@ def _problem(
         targets[1],
         balance * moments.key_metric[list(group)],
         moments.value_metric[list(group)],
+        weights.rotated,
         weights.k_bias is not None,
         weights.v_bias is not None,
         weights.query_norm is not None,
@@ -207,8 +209,7 @@ def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence
     for group, solution in zip(grouping, solutions, strict=True):
         index = torch.tensor(group, device=weights.q.device)
         shared.append(solution.projection @ torch.stack([keys[index], values[index]]).view(-1, hidden))
-        # A score is q . B(z) s = (B(z)^T q) . s
-        matrices = gauge_matrix(solution.gauge)
+        matrices = solution.key_readers  # B (g, D, D): a score is q . B s = (B^T q) . s
         q.append(torch.einsum("gij,gqih->gqjh", matrices, query_rows[index]).reshape(-1, hidden))
         if query_bias is not None:
             q_bias.append(torch.einsum("gij,gqi->gqj", matrices, query_bias[index]).flatten())

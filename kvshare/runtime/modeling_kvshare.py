@@ -1,7 +1,7 @@
 # Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
 """The shared-cache form of a native transformers model. This file is shipped inside every kvshare checkpoint.
 
-In: a native checkpoint whose k_proj and v_proj weights are equal, with a `kvshare` block in its config. Out: the same
+In: a native checkpoint whose weights of K and V are equal, with a `kvshare` block in its config. Out: the same
 function, with one tensor per token in the cache where the native class keeps two. Needs transformers and torch alone.
 Never: imports kvshare, changes what the weights compute.
 
@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (batch, tokens, rotated width)
 
@@ -32,6 +33,16 @@ class SharedProjection(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., hidden) -> (..., kv heads * head_dim)."""
         return nn.functional.linear(input, self.weight)
+
+
+class FusedProjection(Conv1D):
+    """c_attn, of which only the part of queries and that of keys is computed; its last third equals the second."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
+        width = self.weight.shape[1] // 3
+        query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
+        return query + self.bias[:width], shared
 
 
 class ValueBias(nn.Module):
@@ -65,9 +76,16 @@ def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
 
 
+def _rotated(rotate: Any, states: Tensor, tables: Rotary) -> Tensor:
+    """Rope on the first numbers of each head, as many as its tables are wide; states (batch, heads, tokens, head_dim)."""
+    width = tables[0].shape[-1]
+    turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
+    return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj."""
+    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj (or dense)."""
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
 
@@ -94,11 +112,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             key = key + self.k_proj.bias.view(1, -1, 1, self.head_dim)
         if hasattr(self, "k_norm"):
             key = self.k_norm(key)
-        if key_position_embeddings is None:
-            query, key = rotate(query, key, *position_embeddings)
-        else:
-            query, _ = rotate(query, key[:, :0, : query.shape[2]], *position_embeddings)
-            _, key = rotate(query[:, :0, :1], key, *key_position_embeddings[self.kvshare_layer_type])
+        if getattr(self, "use_rope", True):
+            tables = key_position_embeddings[self.kvshare_layer_type] if key_position_embeddings else position_embeddings
+            query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
         value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
@@ -115,7 +131,41 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             sliding_window=window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        project = self.o_proj if hasattr(self, "o_proj") else self.dense
+        return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+@functools.cache
+def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class with c_attn and c_proj, which does not rotate."""
+    eager_attention = sys.modules[native.__module__].eager_attention_forward
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        # (batch, heads, new tokens, head_dim)
+        query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
+        if past_key_values is not None:
+            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+        _, key_bias, value_bias = self.c_attn.bias.view(3, -1, 1, self.head_dim)
+        key, value = shared + key_bias, shared + value_bias
+
+        implementation = self.config._attn_implementation
+        if implementation == "eager" and self.reorder_and_upcast_attn:
+            output, weights = self._upcast_and_reordered_attn(query, key, value, attention_mask)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            dropout = self.attn_dropout.p if self.training else 0.0
+            output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -178,6 +228,9 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
+        for name in [name for name in state if name.endswith(".c_attn.weight")]:
+            query, shared, _ = state[name].chunk(3, 1)
+            state[name] = torch.cat([query, shared, shared], 1)
         native.save_pretrained(self, save_directory, state_dict=state, **kwargs)
 
     members = {
@@ -197,6 +250,13 @@ def _share(model: Any) -> None:
     if not isinstance(block, dict) or "layers" not in block:
         raise ValueError("this config has no kvshare block: load the model with its native class, or convert it first")
     decoder = model.get_decoder()
+    if hasattr(decoder, "h"):
+        for layer in block["layers"]:
+            fused = decoder.h[layer].attn
+            fused.c_attn.__class__ = FusedProjection
+            native_fused: Any = type(fused)
+            fused.__class__ = _fused_class(native_fused)
+        return
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     for layer in block["layers"]:
@@ -217,6 +277,6 @@ def _share(model: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     """The shared form of any native causal language model class, under the native name."""
-    if name.endswith("ForCausalLM"):
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
         return shared_class(getattr(transformers, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
