@@ -239,8 +239,7 @@ def _common_keys(problem: GroupProblem) -> Tensor:
     width, r = problem.width, problem.rotary_dim
     second = problem.keys.mean(0)
     if problem.signs_only:
-        correlation = torch.einsum("gim,mn,in->gi", problem.key_target, second, problem.key_target[0])
-        return _averaged(problem.key_metric, torch.diag_embed(signs(correlation, r)), width)
+        return _averaged(problem.key_metric, torch.diag_embed(_common_signs(problem, second)), width)
     pairs = _averaged(problem.key_metric[:, :r, :r], gauge_matrix(_common_scales(problem, second)), width)
     if r == width:
         return pairs
@@ -263,6 +262,18 @@ def _common_scales(problem: GroupProblem, second: Tensor) -> Tensor:
     weight = ((diagonal[:, :half] + diagonal[:, half:r]) / 2).sqrt().T.clamp_min(1e-12)  # (half, g)
     covariance = torch.complex(same, crossed) * weight[:, :, None] * weight[:, None, :]
     return (torch.linalg.eigh(covariance).eigenvectors[:, :, -1] / weight).T
+
+
+def _common_signs(problem: GroupProblem, second: Tensor) -> Tensor:
+    """Signs (g, D) of the best rank-one models of the g keys, of pairs and of the numbers that are not rotated."""
+    r = problem.rotary_dim
+    scales = _common_scales(problem, second)
+    pairs = (scales * scales[:1].conj()).real  # (g, r / 2), relative to the first head
+    target = problem.key_target[:, r:]
+    weight = problem.key_metric.diagonal(dim1=-2, dim2=-1)[:, r:].sqrt().T  # (D - r, g)
+    covariance = torch.einsum("gim,mn,hin->igh", target, second, target) * weight[:, :, None] * weight[:, None, :]
+    top = torch.linalg.eigh(covariance).eigenvectors[:, :, -1].T  # (g, D - r)
+    return signs(torch.cat([pairs, torch.zeros_like(pairs), top], -1), r)
 
 
 def _averaged(metric: Tensor, matrices: Tensor, width: int) -> Tensor:
