@@ -30,7 +30,8 @@ from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec, read_json, rea
 
 MANIFEST = "kvshare_manifest.json"
 MODELING = "modeling_kvshare.py"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMS = ("shared", "exact")  # how the runtime makes keys and values of what is cached
 PIECE = 16 << 20  # bytes moved at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -55,11 +56,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found in order: files, their bytes, and layers whose k_proj and v_proj are equal bit for bit."""
+    """What `verify` found in order: files, their bytes, and layers whose weights are what the checkpoint's form asks for."""
 
     files: int
     bytes: int
     layers: int
+    form: str
 
 
 class WeightWriter:
@@ -311,17 +313,22 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
             f"this kvshare reads version {FORMAT_VERSION}",
             "update kvshare",
         )
+    if block.get("form") not in FORMS:
+        raise BadCheckpointError(
+            f"{checkpoint} has the form {block.get('form')!r}", f"there are: {', '.join(FORMS)}", "convert the model again"
+        )
     return block
 
 
-def verify_tie(checkpoint: Path) -> int:
-    """Check that k_proj and v_proj are equal bit for bit in every shared layer; returns how many layers there are.
+def verify_form(checkpoint: Path) -> int:
+    """Check that k_proj and v_proj of every layer are equal bit for bit (form `shared`) or square (`exact`); returns how many.
 
     Raises:
-        BadCheckpointError: they differ, or one is missing.
+        BadCheckpointError: they do not fit, or one is missing.
     """
-    block = read_block(checkpoint)
-    family = family_of(str(read_json(checkpoint / "config.json").get("model_type", "")))
+    block, config = read_block(checkpoint), read_json(checkpoint / "config.json")
+    family = family_of(str(config.get("model_type", "")))
+    hidden = config.get("hidden_size")
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     for layer in block["layers"]:
         pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
@@ -329,9 +336,15 @@ def verify_tie(checkpoint: Path) -> int:
             missing = family.weight(layer, "k" if pair[0] is None else "v")
             raise BadCheckpointError(
                 f"the tensor {missing} is missing in {checkpoint}",
-                "a shared layer stores its projection twice",
+                "what is cached is read through both projections",
                 "convert the model again",
             )
+        if block["form"] == "exact":
+            if {spec.shape for spec in pair if spec is not None} != {(hidden, hidden)}:
+                raise BadCheckpointError(
+                    f"layer {layer} of {checkpoint} is not square", "k_proj would have no inverse", "convert the model again"
+                )
+            continue
         key, value = (_bytes(checkpoint, spec) for spec in pair if spec is not None)
         if key != value:
             raise BadCheckpointError(
@@ -349,16 +362,16 @@ def _bytes(folder: Path, spec: TensorSpec) -> bytes:
 
 
 def verify(checkpoint: str | Path) -> Verification:
-    """Recompute every checksum of the manifest and the equality of k_proj and v_proj.
+    """Recompute every checksum of the manifest, and check that k_proj and v_proj fit the form.
 
     Args:
         checkpoint: a folder that kvshare wrote.
 
     Raises:
-        BadCheckpointError: a file is missing, was changed, or does not belong; or the weights are not shared.
+        BadCheckpointError: a file is missing, was changed, or does not belong; or the weights do not fit the form.
     """
     folder = Path(checkpoint)
-    read_block(folder)
+    form = read_block(folder)["form"]
     manifest = read_json(folder / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(
@@ -382,4 +395,4 @@ def verify(checkpoint: str | Path) -> Verification:
         raise BadCheckpointError(
             f"the file {unlisted[0]} is not in the manifest", "it is read as weights all the same", "copy the checkpoint again"
         )
-    return Verification(len(files), sum(entry["size"] for entry in files.values()), verify_tie(folder))
+    return Verification(len(files), sum(entry["size"] for entry in files.values()), verify_form(folder), form)

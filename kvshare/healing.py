@@ -86,12 +86,18 @@ def heal(
         progress: called on the way.
 
     Raises:
-        UsageError: an output that exists, data or tokenizer that cannot be used, a state of another job.
+        UsageError: a checkpoint in exact form, an output that exists, data or tokenizer that cannot be used, a state of
+            another job.
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
     """
     folder, target = Path(checkpoint), Path(output)
     settings = load_recipe(recipe, heal__tokens=tokens, heal__data=data, seed=seed)
-    verify(folder)
+    if verify(folder).form == "exact":
+        raise UsageError(
+            f"{folder} has nothing to heal",
+            "its weights are its source's own: it computes what the teacher computes",
+            "use it as it is, or heal what `--init svd` made",
+        )
     check_output(target, folder, overwrite)
     check_data(data)
     teacher_source = open_source(source)

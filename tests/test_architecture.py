@@ -23,7 +23,7 @@ LAYERS = [
     ["fit"],
     ["layerwise"],
     ["checkpoint", "runtime"],
-    ["loading"],
+    ["loading", "exact"],
     ["evaluation"],
     ["card"],
     ["healing"],
