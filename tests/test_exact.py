@@ -340,6 +340,13 @@ def test_an_adapted_projection_is_refused_when_a_cache_is_read(model: Any) -> No
     in_parts(adapted.merge_and_unload(), tokens(), 3, tokens().shape[1] - 3)
 
 
+def test_arithmetic_that_rounds_is_refused(converted_folder: Callable[..., Path]) -> None:
+    halved = kvshare.load(converted_folder("tiny", init="exact"))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="do without TF32 and autocast"):
+        in_parts(halved, tokens(), 3, tokens().shape[1] - 3)
+    in_parts(halved, tokens(), 3, tokens().shape[1] - 3)
+
+
 def test_a_form_that_does_not_fit_is_found(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
     for name, source, form, named in (
         ("shared", converted_folder("tiny", init="exact"), "shared", "layer 0 differ"),

@@ -145,7 +145,7 @@ def _maps(attention: Any, dtype: torch.dtype) -> ExactMaps:
     if not (isinstance(key, nn.Linear) and isinstance(value, nn.Linear)) or key.weight.is_meta:
         raise ValueError("the exact form computes with the weights of k_proj and v_proj: merge adapters, do not offload layers")
     kept = attention.kvshare_maps
-    if torch.compiler.is_compiling() and kept is not None:
+    if torch.compiler.is_compiling() and kept is not None:  # made by an earlier forward, as `generate` runs for the prompt
         return kept[1]
     state = [dtype, *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in (key.weight, value.weight))]
     if kept is None or kept[0] != state:
