@@ -214,6 +214,7 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
             book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
     book.measure("int8 cache", lambda: with_int8(model, None, options))
     half = heads[0]
+    book.measure("exact seed 0", lambda: unhealed(model, "exact", half, 0, options))
     book.measure(
         f"svd {half} + int8 cache", lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options)
     )

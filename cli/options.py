@@ -11,7 +11,12 @@ Model = Annotated[str, typer.Argument(help="A Hub id (with @revision), a local f
 Checkpoint = Annotated[Path, typer.Argument(help="A folder that kvshare wrote.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The new folder.")]
 Recipe = Annotated[str | None, typer.Option(help="A shipped recipe's name or a YAML file.")]
-Init = Annotated[str | None, typer.Option(help="How K and V become one: mean, svd or learned.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="How K and V become one: mean, svd or learned; or exact: V is made of K, where W_K is square and invertible."
+    ),
+]
 KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a divisor of the source's, or a fraction such as 1/4.")]
 Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]

@@ -6,8 +6,8 @@ from kvshare.cli import options
 
 
 def run(checkpoint: options.Checkpoint) -> None:
-    """Recompute every checksum, and check that the weights of K and V are equal bit for bit."""
+    """Recompute every checksum, and check that the weights of K and V fit the form: equal bit for bit, or exact."""
     from kvshare import verify
 
     result = verify(checkpoint)
-    print(f"{checkpoint}: {result.files} files, {result.bytes:,} bytes, {result.layers} shared layers, all as written")
+    print(f"{checkpoint}: {result.files} files, {result.bytes:,} bytes, {result.layers} {result.form} layers, all as written")

@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvshare.checkpoint import verify as verify
     from kvshare.conversion import convert as convert
     from kvshare.errors import KVShareError as KVShareError
     from kvshare.evaluation import evaluate as evaluate
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from kvshare.loading import load as load
     from kvshare.planning import plan as plan
     from kvshare.recipe import load_recipe as load_recipe
+    from kvshare.verification import verify as verify
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ _HOMES = {
     "load": "loading",
     "load_recipe": "recipe",
     "plan": "planning",
-    "verify": "checkpoint",
+    "verify": "verification",
 }
 
 __all__ = ["KVShareError", "convert", "evaluate", "heal", "load", "load_recipe", "plan", "verify"]

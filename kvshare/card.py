@@ -52,15 +52,28 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
     source_heads = block["source"]["num_key_value_heads"]
     heads = config.get("num_key_value_heads", source_heads)
     tokens = block["healed_tokens"]
-    healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
+    if block["form"] == "exact":
+        title = "half the cache"
+        story = (
+            f"Prepared by kvshare: the weights are the source's own, bit for bit. The cache keeps the keys of all {heads} heads,\n"
+            "and values are made of them by `W_V W_K^-1`, at the price of more arithmetic in decoding."
+        )
+        training = "It trains\nas any model of its family does; a cache that was filled before a weight changed is void."
+    else:
+        title = "a shared K and V"
+        healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
+        story = (
+            f"Converted by kvshare: K and V are one projection, `{block['recipe']['init']}` initialisation, "
+            f"{source_heads} KV heads\nbecame {heads}, {healing}."
+        )
+        training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
     figures = "These weights have not been measured: `kvshare eval` does." if report is None else _figures(report)
     return f"""---
 {yaml.safe_dump(matter, sort_keys=True).strip()}
 ---
-# {block["source"]["name"]}, with a shared K and V
+# {block["source"]["name"]}, with {title}
 
-Converted by kvshare: K and V are one projection, `{block["recipe"]["init"]}` initialisation, {source_heads} KV heads
-became {heads}, {healing}.
+{story}
 
 {figures}
 
@@ -70,8 +83,7 @@ With the smaller cache:
     kvshare.load("<this folder>")                                                    # the same, without remote code
 
 Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
-full-size cache ({heads} KV heads for K and for V). Fine-tune it through kvshare only: training K and V apart
-breaks what the smaller cache relies on.
+full-size cache ({heads} KV heads for K and for V). {training}
 """
 
 

@@ -25,12 +25,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
-from kvshare.families import family_of
-from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec, read_json, read_tensor_specs, weight_files
+from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec
 
 MANIFEST = "kvshare_manifest.json"
 MODELING = "modeling_kvshare.py"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PIECE = 16 << 20  # bytes moved at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -51,15 +50,6 @@ class OutputTensor:
         for extent in self.shape:
             size *= extent
         return size
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found in order: files, their bytes, and layers whose weights of K and V are equal bit for bit."""
-
-    files: int
-    bytes: int
-    layers: int
 
 
 class WeightWriter:
@@ -289,105 +279,3 @@ def sha256(file: Path) -> str:
     """The SHA-256 of a file's content in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_block(checkpoint: Path) -> dict[str, Any]:
-    """The kvshare block of a checkpoint's config.
-
-    Raises:
-        BadCheckpointError: the folder is missing or is not a kvshare checkpoint of a version that is known.
-    """
-    if not checkpoint.is_dir():
-        raise BadCheckpointError(f"there is no folder {checkpoint}", "a checkpoint is a local folder", "check the path")
-    config = read_json(checkpoint / "config.json")
-    block = config.get("kvshare") if isinstance(config, dict) else None
-    if not isinstance(block, dict) or not isinstance(block.get("layers"), list):
-        raise BadCheckpointError(
-            f"{checkpoint} is not a kvshare checkpoint", "its config.json has no kvshare block", "make one with `kvshare convert`"
-        )
-    if block.get("format_version") != FORMAT_VERSION:
-        raise BadCheckpointError(
-            f"{checkpoint} has the format version {block.get('format_version')!r}",
-            f"this kvshare reads version {FORMAT_VERSION}",
-            "update kvshare",
-        )
-    return block
-
-
-def verify_tie(checkpoint: Path) -> int:
-    """Check that the weights of K and V are equal bit for bit in every shared layer; returns how many layers there are.
-
-    Raises:
-        BadCheckpointError: they differ, or one is missing.
-    """
-    block = read_block(checkpoint)
-    specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
-    family = family_of(str(read_json(checkpoint / "config.json").get("model_type", ""))).located(specs)
-    for layer in block["layers"]:
-        pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
-        if None in pair:
-            missing = family.weight(layer, "k" if pair[0] is None else "v")
-            raise BadCheckpointError(
-                f"the tensor {missing} is missing in {checkpoint}",
-                "a shared layer stores its projection twice",
-                "convert the model again",
-            )
-        key, value = (_bytes(checkpoint, spec) for spec in pair if spec is not None)
-        if family.fused and pair[0] is not None:
-            key, value = _thirds(key, pair[0].shape[0] if family.transposed else 1)
-        if key != value:
-            raise BadCheckpointError(
-                f"K and V of layer {layer} differ in {checkpoint}",
-                "the shared cache would compute another function than the stored weights",
-                "convert the model again; train shared models through kvshare only",
-            )
-    return len(block["layers"])
-
-
-def _bytes(folder: Path, spec: TensorSpec) -> bytes:
-    with (folder / spec.file).open("rb") as stream:
-        stream.seek(spec.start)
-        return stream.read(spec.bytes)
-
-
-def _thirds(data: bytes, rows: int) -> tuple[bytes, bytes]:
-    """The bytes of k and of v in a tensor that holds q, k and v side by side in each of its `rows`."""
-    parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, 3, -1)
-    return parts[:, 1].numpy().tobytes(), parts[:, 2].numpy().tobytes()
-
-
-def verify(checkpoint: str | Path) -> Verification:
-    """Recompute every checksum of the manifest and the equality of the weights of K and V.
-
-    Args:
-        checkpoint: a folder that kvshare wrote.
-
-    Raises:
-        BadCheckpointError: a file is missing, was changed, or does not belong; or the weights are not shared.
-    """
-    folder = Path(checkpoint)
-    read_block(folder)
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values()
-    ):
-        raise BadCheckpointError(f"{folder / MANIFEST} cannot be used", "it does not list the files", "convert the model again")
-    for name, entry in sorted(files.items()):
-        file = folder / name
-        if Path(name).name != name or not file.is_file():
-            raise BadCheckpointError(
-                f"the file {name} is missing in {folder}", "the manifest names it", "copy the checkpoint again"
-            )
-        if file.stat().st_size != entry["size"] or sha256(file) != entry.get("sha256"):
-            raise BadCheckpointError(
-                f"the file {name} was changed or damaged",
-                "its size or SHA-256 is not the manifest's",
-                "copy the checkpoint again, or convert the model again",
-            )
-    unlisted = [name for name in weight_files(folder) if name not in files]
-    if unlisted:
-        raise BadCheckpointError(
-            f"the file {unlisted[0]} is not in the manifest", "it is read as weights all the same", "copy the checkpoint again"
-        )
-    return Verification(len(files), sum(entry["size"] for entry in files.values()), verify_tie(folder))

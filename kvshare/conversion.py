@@ -30,14 +30,16 @@ from kvshare.checkpoint import (
     write_json,
 )
 from kvshare.data import SELF, check_data, check_tokenizer, load_rows, load_tokenizer
-from kvshare.evaluation import Report, compare, evaluation_rows, stored_bytes
+from kvshare.errors import UsageError
+from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
+from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
 from kvshare.layerwise import LayerReport, merge_layers
 from kvshare.layout import names, pack, unpack
 from kvshare.loading import load, load_native
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
-from kvshare.planning import Plan, make_plan
+from kvshare.planning import CALIBRATED, Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.runtime import MODELING_FILE
@@ -50,7 +52,7 @@ class Conversion:
 
     output: Path
     plan: Plan
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerReport, ...] | tuple[ExactLayer, ...]
     heal: HealResult | None
     report: Report
 
@@ -86,7 +88,7 @@ def convert(
     Args:
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
         output: a new folder.
-        init: `mean`, `svd` or `learned`.
+        init: `mean`, `svd`, `learned` or `exact`.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`.
         calibration, calibration_tokens: text for the merge.
@@ -113,15 +115,21 @@ def convert(
         evaluation__data=eval_data,
         evaluation__tokens=eval_tokens,
     )
+    if heal and settings.init == "exact":
+        raise UsageError(
+            "an exact conversion cannot be healed", "its weights are the source's own: nothing was lost", "leave --heal out"
+        )
     target = Path(output)
     source = open_source(model)
     plan = make_plan(source, settings)
+    settings = plan.recipe
     check_output(target, source.path, overwrite)
     check_space(target, plan.disk_bytes)
     tokenizer = load_tokenizer(source.path)
     for data in _data_used(settings):
         check_data(data)
         check_tokenizer(tokenizer, data)
+    checked = check_layers(plan, progress) if settings.init == "exact" else ()
     with workspace(target) as work:
         teacher = load_native(source.path, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
         merged, layers = _write_merged(work, plan, teacher, tokenizer, progress)
@@ -132,7 +140,7 @@ def convert(
             healed = heal_into(staged, merged, teacher, rows, settings, fresh_folder(work / "training"), False, progress)
             carry_files(merged, staged)
         report = _measure(staged, teacher, tokenizer, settings, progress)
-        result = Conversion(target, plan, layers, healed, report)
+        result = Conversion(target, plan, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
         card = write_card(read_json(staged / "config.json"), card_matter(source), report)
         (staged / "README.md").write_text(card, encoding="utf-8")
@@ -142,7 +150,7 @@ def convert(
 
 def _data_used(recipe: Recipe) -> list[str]:
     used = [recipe.evaluation.data]
-    if recipe.init != "mean":
+    if recipe.init in CALIBRATED:
         used.append(recipe.calibration.data)
     if recipe.heal.enabled:
         used.append(recipe.heal.data)
@@ -177,6 +185,8 @@ def _merged_layers(
     plan: Plan, teacher: Any, tokenizer: Any, progress: Progress
 ) -> Iterator[tuple[AttentionWeights, LayerReport | None]]:
     recipe = plan.recipe
+    if recipe.init == "exact":
+        return
     if recipe.init == "mean":
         for layer in range(plan.layers):
             progress("merging layers", layer + 1, plan.layers)
@@ -210,6 +220,7 @@ def _block(plan: Plan) -> dict[str, Any]:
 
     return {
         "format_version": FORMAT_VERSION,
+        "form": "exact" if plan.recipe.init == "exact" else "shared",
         "version": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -224,7 +235,8 @@ def _block(plan: Plan) -> dict[str, Any]:
 def _measure(folder: Path, teacher: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Report:
     model = load(folder, dtype=torch.float32).to(next(teacher.parameters()).device)
     rows = evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
-    return compare(model, teacher, rows, _named(recipe.evaluation.data), stored_bytes(folder), progress)
+    named = _named(recipe.evaluation.data)
+    return compare(model, teacher, rows, named, stored_bytes(folder), progress, forward_of(folder, model))
 
 
 def _named(data: str) -> str:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare.checkpoint import read_block
+from kvshare.checkpoint import DTYPES
 from kvshare.data import check_data, load_rows, load_tokenizer
 from kvshare.errors import UsageError
+from kvshare.exact import through_cache
 from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Evaluation, load_recipe
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
+from kvshare.verification import read_block
 
 LOGIT_BYTES = 1 << 30
 PROMPT_TOKENS, GENERATED_TOKENS = 16, 48  # of the sequence whose cache is measured
@@ -96,7 +98,7 @@ def evaluate(
             "give the model that the checkpoint was converted from",
         )
     rows = evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
-    return compare(model, teacher, rows, data, stored_bytes(folder), progress)
+    return compare(model, teacher, rows, data, stored_bytes(folder), progress, forward_of(folder, model))
 
 
 def evaluation_rows(settings: Evaluation, tokenizer: Any, source: Any, seed: int, progress: Progress) -> Tensor:
@@ -117,17 +119,39 @@ def evaluation_rows(settings: Evaluation, tokenizer: Any, source: Any, seed: int
     )
 
 
-def stored_bytes(folder: Path) -> int:
-    """Bytes per number of the dtype that most of a checkpoint's weights are stored in."""
+def stored_dtype(folder: Path) -> str:
+    """The dtype that most of a checkpoint's weights are stored in."""
     sizes: dict[str, int] = {}
     for file in weight_files(folder):
         for spec in read_header(folder / file):
             sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.bytes
-    return ITEM_BYTES[max(sizes, key=lambda dtype: sizes[dtype])]
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes per number of the dtype that most of a checkpoint's weights are stored in."""
+    return ITEM_BYTES[stored_dtype(folder)]
+
+
+def forward_of(checkpoint: Path, model: Any) -> Callable[[Tensor], Tensor] | None:
+    """How `compare` is to run a checkpoint: None, by its plain forward; the exact form through a cache in the stored dtype.
+
+    Without a cache the exact form is the source itself, and measuring it would prove nothing.
+    """
+    exact = read_block(checkpoint)["form"] == "exact"
+    return through_cache(model, DTYPES[stored_dtype(checkpoint)]) if exact else None
 
 
 @torch.no_grad()
-def compare(model: Any, source: Any, rows: Tensor, data: str, item_bytes: int, progress: Progress = silent) -> Report:
+def compare(
+    model: Any,
+    source: Any,
+    rows: Tensor,
+    data: str,
+    item_bytes: int,
+    progress: Progress = silent,
+    forward: Callable[[Tensor], Tensor] | None = None,
+) -> Report:
     """Run both models over the same rows.
 
     Args:
@@ -135,16 +159,17 @@ def compare(model: Any, source: Any, rows: Tensor, data: str, item_bytes: int, p
         rows: token ids (rows, length).
         data: what to call the text in the report.
         item_bytes: bytes per cached number, for the cache figures.
+        progress: called on the way.
+        forward: token ids to the model's logits; None calls it without a cache.
     """
+    run = forward or (lambda ids: model(input_ids=ids, use_cache=False).logits)
     device = next(model.parameters()).device
     per_batch = max(1, LOGIT_BYTES // (rows.shape[1] * int(model.config.vocab_size) * 4 * 4))
     figures = []
     for done, batch in enumerate(rows.split(per_batch)):
         progress("measuring", done * per_batch, len(rows))
         batch = batch.to(device)
-        figures.append(
-            _row_figures(model(input_ids=batch, use_cache=False).logits, source(input_ids=batch, use_cache=False).logits, batch)
-        )
+        figures.append(_row_figures(run(batch), source(input_ids=batch, use_cache=False).logits, batch))
     progress("measuring", len(rows), len(rows))
     per_row = torch.cat(figures).double().cpu()  # (rows, 4): loss, source's loss, kl, agreement
     loss, source_loss, kl, agreement = per_row.mean(0).tolist()

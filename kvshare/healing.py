@@ -25,9 +25,7 @@ from kvshare.checkpoint import (
     check_space,
     fresh_folder,
     publish,
-    read_block,
     sha256,
-    verify,
     work_folder,
     workspace,
     write_json,
@@ -40,6 +38,7 @@ from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
+from kvshare.verification import read_block, verify
 
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 BASE_RATE, BASE_HIDDEN = 2e-3, 128
@@ -87,12 +86,18 @@ def heal(
         progress: called on the way.
 
     Raises:
-        UsageError: an output that exists, data or tokenizer that cannot be used, a state of another job.
+        UsageError: a checkpoint in exact form, an output that exists, data or tokenizer that cannot be used, a state of
+            another job.
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
     """
     folder, target = Path(checkpoint), Path(output)
     settings = load_recipe(recipe, heal__tokens=tokens, heal__data=data, seed=seed)
-    verify(folder)
+    if verify(folder).form == "exact":
+        raise UsageError(
+            f"{folder} has nothing to heal",
+            "its weights are its source's own: it computes what the teacher computes",
+            "use it as it is, or heal what `--init svd` made",
+        )
     check_output(target, folder, overwrite)
     check_data(data)
     teacher_source = open_source(source)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from kvshare.checkpoint import read_block, verify_tie
 from kvshare.errors import BadCheckpointError
+from kvshare.verification import verify_form
 
 
 def load(
@@ -21,7 +21,7 @@ def load(
     device_map: Any = None,
     attn_implementation: str | None = None,
 ) -> Any:
-    """A kvshare checkpoint as a transformers model that caches the shared projection alone: half the bytes.
+    """A kvshare checkpoint as a transformers model that caches one tensor where the source caches two: half the bytes.
 
     Args:
         checkpoint: a folder that kvshare wrote.
@@ -29,15 +29,14 @@ def load(
         device_map, attn_implementation: as for transformers' `from_pretrained`.
 
     Raises:
-        BadCheckpointError: not a kvshare checkpoint, missing tensors, or k_proj and v_proj that differ.
+        BadCheckpointError: not a kvshare checkpoint, missing tensors, or k_proj and v_proj that do not fit its form.
     """
     import transformers
 
     from kvshare.runtime.modeling_kvshare import shared_class
 
     folder = Path(checkpoint)
-    read_block(folder)
-    verify_tie(folder)
+    verify_form(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     native = getattr(transformers, config.architectures[0])
     return _strict(shared_class(native), folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation)

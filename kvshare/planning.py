@@ -7,7 +7,7 @@ Never: reads weights, writes anything.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,16 +86,46 @@ class Plan:
         """An estimate of peak memory: weights in float32 (source and, when healing, student), activations, libraries.
 
         Activations are hidden states of all calibration tokens: two streams, what they should give, what comes next, and
-        the inputs of one attention layer.
+        the inputs of one attention layer. An exact conversion has none; it holds source, result and the maps of its layers,
+        in float32 and float64, to measure one against the other, and the logits once more than others do.
         """
         source = self.bytes_read
+        width = max((4 / ITEM_BYTES[tensor.dtype] for tensor in self.tensors), default=1.0)
+        if self.recipe.init == "exact":
+            return int(2 * source * width) + self.layers * int(self.config["hidden_size"]) ** 2 * 8 * 4 // 3 + 1_800_000_000
         if self.recipe.init == "mean" and not self.recipe.heal.enabled:
             return max(tensor.bytes for tensor in self.tensors) * 10 + 500_000_000
         hidden = int(self.config[self.family.field("hidden_size")])
         calibration = 5 * 4 * hidden * self.recipe.calibration.tokens
         copies = 2 if self.recipe.heal.enabled else 1
-        width = max((4 / ITEM_BYTES[tensor.dtype] for tensor in self.tensors), default=1.0)
         return int(source * width * copies + calibration) + 1_500_000_000
+
+    @property
+    def map_bytes(self) -> int:
+        """The memory of what the exact form keeps beside the weights at run time; 0 in the shared form.
+
+        Per layer W_V W_K^-1 and a third as much for rounding, in float32 where weights have 16 bits, else in float64.
+        """
+        if self.recipe.init != "exact":
+            return 0
+        width = 4 if ITEM_BYTES[self.source.tensors[self.family.weight(0, "k")].dtype] == 2 else 8
+        return self.layers * int(self.config["hidden_size"]) ** 2 * width * 4 // 3
+
+    @property
+    def decode_multiply_adds(self) -> int:
+        """Multiply-adds of one decoded token for every cached token, beyond native attention's; 0 in the shared form.
+
+        Each query head averages the keys of all KV heads, hidden_size numbers, where natively it averages head_dim values.
+        """
+        if self.recipe.init != "exact":
+            return 0
+        return self.layers * int(self.config["num_attention_heads"]) * (int(self.config["hidden_size"]) - self.head_dim)
+
+    @property
+    def decode_overhead(self) -> float:
+        """`decode_multiply_adds` relative to native attention's: head_dim each for score and value of every query head."""
+        query_heads = int(self.config[self.family.field("num_attention_heads")])
+        return self.decode_multiply_adds / (2 * self.layers * query_heads * self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data, as `kvshare plan --json` prints it."""
@@ -112,6 +142,9 @@ class Plan:
             "source_cache_bytes_per_token": self.source_cache_bytes_per_token,
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "cache_reduction": 1 - self.cache_bytes_per_token / self.source_cache_bytes_per_token,
+            "decode_multiply_adds_per_cached_token": self.decode_multiply_adds,
+            "decode_overhead": self.decode_overhead,
+            "map_bytes": self.map_bytes,
             "tensors_copied": len(self.tensors) - len(merged),
             "tensors_merged": len(merged),
             "bytes_read": self.bytes_read,
@@ -147,7 +180,7 @@ def plan(
 
     Args:
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
-        init: `mean`, `svd` or `learned`; None as the recipe says.
+        init: `mean`, `svd`, `learned` or `exact`; None as the recipe says.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`; None as the recipe says.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`; None for the default.
 
@@ -161,15 +194,16 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Lay a recipe over a source.
 
     Raises:
-        UnsupportedModelError: an unknown `model_type`, quantised weights, or a checkpoint that is already shared.
+        UnsupportedModelError: an unknown `model_type`, quantised weights, a checkpoint that is converted already, or init
+            `exact` where W_K is not square.
         BadCheckpointError: tensors that are missing or do not have the shape that the config gives them.
-        UsageError: `kv_heads` does not divide the source's.
+        UsageError: `kv_heads` does not divide the source's, or init `exact` is to merge heads.
     """
     config = source.config
     if "kvshare" in config:
         raise UnsupportedModelError(
             f"{source.name} is a kvshare checkpoint already",
-            "its K and V are one projection",
+            "its cache is half as large already",
             "convert the model it came from, with the settings you want",
         )
     family = family_of(source.model_type).located(source.tensors)
@@ -203,6 +237,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f"a {family.model_type} model has no number of KV heads in its config: each query head has its own",
             "take kv_heads all: K and V become one projection, which is half the cache",
         )
+    if recipe.init == "exact":
+        _require_exact(source, family, heads, source_heads, head_dim, hidden)
+        if recipe.heal.enabled:
+            recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"enabled": False})})
+            reasons.append("nothing is healed: init exact loses nothing that healing could bring back")
     shapes: dict[Part, tuple[int, int]] = {
         "q": (query_heads * head_dim, hidden),
         "k": (source_heads * head_dim, hidden),
@@ -214,7 +253,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         for part in PARTS:
             expected = shapes[part]
             _require(source, family.weight(layer, part), family.stored_shape(part, shapes))
-            changes = part in "kv" or recipe.init in CALIBRATED
+            changes = recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
             rows = heads * head_dim if part in "kv" else expected[0]
             after = shapes | {part: (rows, expected[1])}
             if changes:
@@ -234,13 +273,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     per_head = layers * head_dim * ITEM_BYTES[key.dtype]
     output_config = copy.deepcopy(config) | ({family.kv_heads: heads, "head_dim": head_dim} if family.kv_heads else {})
     output_config.pop("auto_map", None)
-    reasons.append(
-        f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
-        f"instead of two of {source_heads}"
-    )
+    if recipe.init != "exact":
+        reasons.append(
+            f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
+            f"instead of two of {source_heads}"
+        )
     if recipe.init == "mean":
         reasons.append("init mean is the naive baseline; svd costs one pass over a little text and loses far less")
-    return Plan(
+    plan = Plan(
         source,
         family,
         recipe,
@@ -253,6 +293,38 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         2 * source_heads * per_head,
         heads * per_head,
         tuple(reasons),
+    )
+    return replace(plan, reasons=(*reasons, *_exact_reasons(plan))) if recipe.init == "exact" else plan
+
+
+def _require_exact(source: Source, family: Family, heads: int, source_heads: int, head_dim: int, hidden: int) -> None:
+    if family.fused:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"a {family.model_type} model keeps K and V in one tensor, which the exact form does not read apart",
+            "use init svd, or learned",
+        )
+    if source_heads * head_dim != hidden:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"its keys have {source_heads} x {head_dim} = {source_heads * head_dim} numbers per token and hidden states {hidden}: "
+            "values are a function of keys where these are equal",
+            "use init svd, or learned",
+        )
+    if heads != source_heads:
+        raise UsageError(
+            f"init exact cannot make {heads} KV heads of {source_heads}",
+            "it keeps every head as it is; merging heads loses something",
+            "leave kv_heads out, or use init svd",
+        )
+
+
+def _exact_reasons(plan: Plan) -> tuple[str, str]:
+    return (
+        f"no weight changes: the cache keeps the keys of all {plan.kv_heads} heads before bias, norm and rope, and values are "
+        "made of them by W_V W_K^-1; a near-singular W_K is refused when the weights are read",
+        f"a decoded token takes {plan.decode_multiply_adds:,} multiply-adds more per cached token, {plan.decode_overhead:g} times "
+        f"what attention takes natively, and {plan.map_bytes:,} bytes of maps lie in memory beside the weights",
     )
 
 

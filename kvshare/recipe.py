@@ -110,7 +110,7 @@ class Evaluation(_Settings):
 class Recipe(_Settings):
     """All settings of one conversion."""
 
-    init: Literal["mean", "svd", "learned"] = "svd"
+    init: Literal["mean", "svd", "learned", "exact"] = "svd"
     kv_heads: KVHeads = "all"
     """KV heads of the output: a number, a fraction of the source's (`1/4`) or `all` (as many as the source has)."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -75,6 +75,13 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 8, "n_positions": 512}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
 }
+# as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
+SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
+    "square-bias": ("llama", {"num_key_value_heads": 8, "attention_bias": True}),
+    "square-window": ("mistral", {"num_key_value_heads": 8, "sliding_window": 12}),
+    "square-norm": ("qwen3", {"num_key_value_heads": 8}),
+    "square-groups": ("qwen3", {"head_dim": 16}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -87,12 +94,12 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A source model by its key in SOURCES, made once; `tiny` is the bundled, really trained one."""
+    """A source model by its key in SOURCES or SQUARE, made once; `tiny` is the bundled, really trained one."""
     made: dict[str, Path] = {"tiny": TINY_FOLDER}
 
     def get(key: str) -> Path:
         if key not in made:
-            model_type, fields = SOURCES[key]
+            model_type, fields = (SOURCES | SQUARE)[key]
             made[key] = random_model(tmp_path_factory.mktemp(key), model_type, **fields)
         return made[key]
 

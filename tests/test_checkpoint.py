@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import kvshare
 from kvshare import checkpoint as checkpoints
-from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify, verify_tie
+from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish
 from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
+from kvshare.verification import verify, verify_form
 
 
 def test_verify_accepts_what_convert_wrote(checkpoint: Path) -> None:
@@ -80,7 +81,7 @@ def test_the_tie_of_a_fused_tensor_is_that_of_its_parts(
 
     change_weights(folder, change)
     if fits:
-        assert verify_tie(folder) == 2
+        assert verify_form(folder) == 2
         return
     with pytest.raises(BadCheckpointError, match="layer 1 differ"):
         kvshare.load(folder)

@@ -122,6 +122,7 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
         *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
         *("source_cache_bytes_per_token", "cache_bytes_per_token", "cache_reduction", "tensors_copied", "tensors_merged"),
         *("bytes_read", "bytes_written", "disk_bytes", "memory_bytes", "heals", "heal_tokens", "tensors"),
+        *("decode_multiply_adds_per_cached_token", "decode_overhead", "map_bytes"),
     }
     assert values["tensors"][0].keys() == {"name", "action", "file", "dtype", "source_shape", "shape"}
     assert (values["init"], values["kv_heads"], values["heals"], values["heal_tokens"]) == ("mean", 2, False, 0)
@@ -177,6 +178,25 @@ def test_verify_counts_what_it_checked(
     assert refused.code == 4
     assert "generation_config.json" in refused.err
     assert refused.out == ""
+
+
+def test_the_exact_form_from_plan_to_heal(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    source, output = source_folder("llama-mha"), tmp_path / "out"
+    planned = run("plan", source, "--init", "exact")
+    assert planned.code == 0
+    assert "multiply-adds more per cached token" in " ".join(planned.out.split())
+    done = run("convert", source, "-o", output, "--recipe", "exact", "--eval-data", text_file, "--eval-tokens", "1024", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["cache_reduction"] == 0.5
+    assert result["kl"] < 1e-6
+    assert [sorted(entry) for entry in result["layers"]] == [["condition", "layer", "value_error"]] * 2
+    assert "2 exact layers, all as written" in run("verify", output).out
+    evaluated = run("eval", output, "--against", source, "--data", text_file, "--tokens", "1024", "--json")
+    assert json.loads(evaluated.out)["kl"] == pytest.approx(result["kl"], abs=1e-6)
+    refused(run("heal", output, "-o", tmp_path / "healed", "--source", source, "--data", text_file), 2, "nothing to heal")
 
 
 def test_heal_prints_json_alone(
@@ -237,6 +257,8 @@ def broken(kind: str, folder: Path, source: Path) -> Path:
         ("shard", [], 4, "safetensors is missing"),
         ("heads", ["--kv-heads", "3"], 2, "choose one of: 1, 2, 4"),
         ("init", ["--init", "best"], 2, "init = 'best'"),
+        ("square", ["--init", "exact"], 3, "4 x 8 = 32"),
+        ("exact", ["--init", "exact", "--heal"], 2, "leave --heal out"),
         ("tokens", ["--eval-tokens", "0"], 2, "evaluation.tokens = 0"),
         ("recipe", ["--recipe", "quack"], 2, "did you mean 'quick'"),
         ("data", ["--calibration", "empty.txt"], 2, "empty.txt holds too little text"),

@@ -36,7 +36,9 @@ def fitted(source_folder: Callable[[str], Path]) -> Callable[..., tuple[Attentio
 
     def fit(rows: int = 8, **settings: float) -> tuple[AttentionWeights, AttentionWeights, FitReport]:
         chosen = Fit.model_validate({"batch_tokens": 128, **settings})
-        result, report = fit_layer(attention, family_of("llama"), start, inputs[:rows], wanted[:rows], call, chosen, 0, lambda done, total: None)
+        result, report = fit_layer(
+            attention, family_of("llama"), start, inputs[:rows], wanted[:rows], call, chosen, 0, lambda done, total: None
+        )
         return start, result, report
 
     return fit

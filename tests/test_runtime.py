@@ -1,4 +1,4 @@
-"""The shared form computes what the native form computes, with half the cache."""
+"""The shared and the exact form compute what the native form computes, with half the cache."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SOURCES, TEXT
+from conftest import SOURCES, SQUARE, TEXT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kvshare
-from kvshare.checkpoint import verify_tie
 from kvshare.evaluation import cached_numbers
+from kvshare.verification import verify_form
 
-KEYS = ["tiny", *SOURCES]
+# the source and the init of each form that is held against its native one
+FORMS = {key: (key, "svd") for key in ("tiny", *SOURCES)} | {
+    f"exact {key}": (key, "exact") for key in ("tiny", "llama-mha", *SQUARE)
+}
+EXACT = [form for form, (_, init) in FORMS.items() if init == "exact"]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 50},
@@ -32,10 +36,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def pair(converted_folder: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
-    """The native and the shared form of a converted model, float32."""
+    """The native and the shared or exact form of a converted model, float32."""
 
-    def get(key: str, kv_heads: int | str = "all") -> tuple[Any, Any]:
-        folder = converted_folder(key, kv_heads)
+    def get(form: str, kv_heads: int | str = "all") -> tuple[Any, Any]:
+        key, init = FORMS[form]
+        folder = converted_folder(key, kv_heads, init)
         native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return native, kvshare.load(folder, dtype=torch.float32)
 
@@ -54,12 +59,12 @@ def prompt(texts: list[str], padding_side: str = "left") -> dict[str, torch.Tens
 
 
 # transformers cannot crop a sliding-window cache, which prompt lookup needs, in the native form either
-PAIRS = [(key, mode) for key in KEYS for mode in MODES if (key, mode) != ("mistral-window", "prompt lookup")]
+PAIRS = [(form, mode) for form in FORMS for mode in MODES if not (form.endswith("window") and mode == "prompt lookup")]
 
 
-@pytest.mark.parametrize(("key", "mode"), PAIRS)
-def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], key: str, mode: str) -> None:
-    native, shared = pair(key)
+@pytest.mark.parametrize(("form", "mode"), PAIRS)
+def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], form: str, mode: str) -> None:
+    native, shared = pair(form)
     inputs = prompt(TEXT[:1])
     expected, got = generate(native, inputs, **MODES[mode]), generate(shared, inputs, **MODES[mode])
     assert torch.equal(expected.sequences, got.sequences)
@@ -67,9 +72,9 @@ def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], key: str, mod
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam", "static cache"])
-@pytest.mark.parametrize("key", KEYS)
-def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], key: str, mode: str) -> None:
-    native, shared = pair(key)
+@pytest.mark.parametrize("form", FORMS)
+def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], form: str, mode: str) -> None:
+    native, shared = pair(form)
     inputs = prompt([TEXT[0], TEXT[1][:20], TEXT[2][:50]])
     assert bool((inputs["attention_mask"] == 0).any())
     expected, got = generate(native, inputs, **MODES[mode]), generate(shared, inputs, **MODES[mode])
@@ -77,32 +82,41 @@ def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], key: str, mod
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("key", KEYS)
-def test_logits_equal_native(converted_folder: Callable[..., Path], key: str, attention: str) -> None:
-    folder = converted_folder(key)
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_equal_native(converted_folder: Callable[..., Path], form: str, attention: str) -> None:
+    key, init = FORMS[form]
+    folder = converted_folder(key, init=init)
     native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     shared = kvshare.load(folder, dtype=torch.float32, attn_implementation=attention)
     inputs = prompt(TEXT, padding_side="right")
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         expected, got = native(**inputs).logits, shared(**inputs).logits
+        # all but the first token read keys and values that were made of cached ones
+        cache = transformers.DynamicCache(config=shared.config)
+        mask, parts = inputs["attention_mask"], []
+        for ids in (inputs["input_ids"][:, :1], inputs["input_ids"][:, 1:]):
+            parts.append(shared(ids, attention_mask=mask[:, : cache.get_seq_length() + ids.shape[1]], past_key_values=cache).logits)
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-4, rtol=0)
 
 
-def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[Any, Any]]) -> None:
-    _, shared = pair("tiny")
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("form", ["tiny", *EXACT])
+def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[Any, Any]], form: str, size: int) -> None:
+    native, shared = pair(form)
     ids = prompt(TEXT[:1])["input_ids"]
     with torch.no_grad():
-        whole = shared(ids, use_cache=False).logits
+        whole = native(ids, use_cache=False).logits
         cache = transformers.DynamicCache(config=shared.config)
-        parts = [shared(part, past_key_values=cache, use_cache=True).logits for part in ids.split(5, dim=1)]
+        parts = [shared(part, past_key_values=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kv_heads", [8, 4, 2, 1])
-def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], kv_heads: int) -> None:
+@pytest.mark.parametrize(("form", "kv_heads"), [("tiny", 8), ("tiny", 4), ("tiny", 2), ("tiny", 1), ("exact tiny", 8)])
+def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], form: str, kv_heads: int) -> None:
     source = AutoModelForCausalLM.from_pretrained(Path(kvshare.__file__).parent / "tiny", dtype=torch.float32).eval()
-    _, shared = pair("tiny", kv_heads)
+    _, shared = pair(form, kv_heads)
     inputs = prompt(TEXT[:1])
     full, small = (generate(model, inputs, min_new_tokens=24).past_key_values for model in (source, shared))
 
@@ -141,7 +155,7 @@ def test_what_was_trained_in_the_shared_form_is_saved_tied(converted_folder: Cal
                 value -= 1e-2 * value.grad
         expected = shared(ids).logits
     shared.save_pretrained(tmp_path)
-    assert verify_tie(tmp_path) == 2
+    assert verify_form(tmp_path) == 2
     with torch.no_grad():
         torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected, atol=1e-4, rtol=0)
 
@@ -178,11 +192,12 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("key", ["qwen2", "gpt2"])
-def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("form", ["qwen2", "gpt2", "exact square-bias"])
+def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    key, init = FORMS[form]
     ids = prompt(TEXT[:1])["input_ids"][0].tolist()
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(converted_folder(key)), json.dumps(ids)],
+        [sys.executable, "-c", REMOTE, str(converted_folder(key, init=init)), json.dumps(ids)],
         capture_output=True,
         text=True,
         check=True,

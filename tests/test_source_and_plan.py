@@ -296,7 +296,14 @@ def test_a_plan_reads_no_weights(single: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "kv_heads", "init"),
-    [("tiny", "all", "svd"), ("tiny", 2, "svd"), ("qwen2", "all", "svd"), ("qwen3", "all", "svd"), ("qwen2", 1, "mean")],
+    [
+        ("tiny", "all", "svd"),
+        ("tiny", 2, "svd"),
+        ("qwen2", "all", "svd"),
+        ("qwen3", "all", "svd"),
+        ("qwen2", 1, "mean"),
+        ("tiny", "all", "exact"),
+    ],
 )
 def test_planned_tensors_are_the_written_ones(
     source_folder: Callable[[str], Path], converted_folder: Callable[..., Path], key: str, kv_heads: int | str, init: str
@@ -323,6 +330,38 @@ def test_what_is_copied_and_what_is_merged(source_folder: Callable[[str], Path])
     assert merged("mean") == changed
     assert merged("svd") == merged("learned") == changed | {"q_proj.weight", "q_proj.bias", "o_proj.weight"}
     assert merged("learned", "qwen3") - merged("svd", "qwen3") == {"q_norm.weight", "k_norm.weight"}
+    assert all(tensor.action == "copy" for tensor in kvshare.plan(source_folder("square-norm"), init="exact").tensors)
+
+
+@pytest.mark.parametrize(
+    ("key", "layers", "query_heads", "kv_heads", "head_dim", "width"),
+    [("tiny", 6, 8, 8, 16, 4), ("square-groups", 2, 8, 4, 16, 8)],
+)
+def test_an_exact_plan_states_what_it_costs(
+    source_folder: Callable[[str], Path], key: str, layers: int, query_heads: int, kv_heads: int, head_dim: int, width: int
+) -> None:
+    plan = kvshare.plan(source_folder(key), init="exact")
+    figures, hidden = plan.to_dict(), kv_heads * head_dim
+    native = layers * query_heads * 2 * head_dim  # a score and a value
+    exact = layers * query_heads * (head_dim + hidden)  # a score and an average of all keys
+    assert figures["decode_multiply_adds_per_cached_token"] == exact - native
+    assert figures["decode_overhead"] == exact / native - 1 == (kv_heads - 1) / 2
+    assert figures["map_bytes"] == layers * hidden**2 * width * 4 // 3
+    assert figures["cache_reduction"] == 0.5
+    assert (figures["heals"], figures["heal_tokens"], figures["tensors_merged"]) == (False, 0, 0)
+    assert f"{exact - native:,} multiply-adds" in "".join(plan.reasons)
+    assert any("nothing is healed" in reason for reason in plan.reasons)
+    assert plan.disk_bytes == plan.bytes_written == plan.bytes_read
+    shared = kvshare.plan(source_folder(key), init="svd").to_dict()
+    assert shared["map_bytes"] == shared["decode_multiply_adds_per_cached_token"] == shared["decode_overhead"] == 0
+
+
+def test_a_source_without_an_exact_form_is_refused(source_folder: Callable[[str], Path]) -> None:
+    refusal(source_folder("llama-gqa"), UnsupportedModelError, "no exact form", "4 x 8 = 32", init="exact")
+    refusal(source_folder("gpt2"), UnsupportedModelError, "no exact form", "one tensor", init="exact")
+    refusal(source_folder("square-norm"), UsageError, "2 KV heads of 8", init="exact", kv_heads=2)
+    assert kvshare.plan(source_folder("square-norm"), init="exact", kv_heads="1/1").kv_heads == 8
+    assert not kvshare.plan(source_folder("square-norm"), recipe="exact").recipe.heal.enabled
 
 
 @pytest.mark.parametrize(

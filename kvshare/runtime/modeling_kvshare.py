@@ -1,21 +1,24 @@
 # Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
 """The shared-cache form of a native transformers model. This file is shipped inside every kvshare checkpoint.
 
-In: a native checkpoint whose weights of K and V are equal, with a `kvshare` block in its config. Out: the same
-function, with one tensor per token in the cache where the native class keeps two. Needs transformers and torch alone.
-Never: imports kvshare, changes what the weights compute.
+In: a native checkpoint with a `kvshare` block in its config. Out: the same function, with one tensor per token in the cache
+where the native class keeps two. Needs transformers and torch alone. Never: imports kvshare, changes what the weights compute.
 
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
-The cache's key slot holds the shared projection before norm and rope, its value slot a tensor of width zero. Keys are
-made from it on every read, so any cache that takes keys and values of different widths works unchanged.
+The cache's key slot holds k_proj's output before bias, norm and rope, its value slot a tensor of width zero. Keys are made
+from it on every read, so any cache that takes keys and values of different widths works unchanged. Values are, by the form
+that the block names,
+
+- `shared`: that very tensor; the weights of k_proj and v_proj are equal.
+- `exact`: W_V W_K^-1 times the cached keys of all heads together; W_K is square and well-conditioned, no weight was changed.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -24,6 +27,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+FORMS = ("shared", "exact")
+VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (batch, tokens, rotated width)
 
 
@@ -83,6 +88,153 @@ def _rotated(rotate: Any, states: Tensor, tables: Rotary) -> Tensor:
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
 
 
+class ExactMaps(NamedTuple):
+    """What the exact form needs of one layer beside its weights; n = hidden_size = kv heads * head_dim, all in `wider` dtype.
+
+    `values` (n, n) is W_V W_K^-1, which makes all values of a token of all its keys before bias, norm and rope. `order` (n)
+    and `feedback` say how these keys are rounded, see `round_keys`. `error`: by how much of their size values are off, root
+    mean square.
+    """
+
+    values: Tensor
+    order: Tensor
+    feedback: tuple[Tensor, ...]
+    error: float
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """In what the exact form computes: small errors of keys are large ones of values where W_K nearly shrinks to nothing."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+def exact_maps(key: Tensor, value: Tensor, dtype: torch.dtype) -> ExactMaps:
+    """The maps of a layer for a cache that holds `dtype`; they and their error are not finite where W_K is singular.
+
+    With inputs of equal variance in all directions, an error e of the cached numbers costs e^T C e with
+    C = I / |W_K|^2 + M^T M / |W_V|^2, M = W_V W_K^-1: the squared errors of keys and values, each relative to its size. Half of
+    the numbers are rounded first, those that cost most (C_ii |W_K[i]|^2). The others can make up for what that did: given the
+    errors e_d of the numbers done, those left (l) are best moved by -C_ll^-1 C_ld e_d before half of them is rounded, and so on.
+    Errors of a step then cost as the Schur complement of C on it. This is Babai's nearest plane, in log2(n) steps.
+
+    `error` adds what rounding to `dtype` costs so, at eps / 12^1/2 of each number's size, to what the arithmetic of this
+    machine leaves of M W_K = W_V (a matmul that rounds its inputs shows here).
+
+    Args:
+        key, value: the weights of k_proj and v_proj, both (n, n).
+        dtype: of the cache.
+    """
+    key, value, wide = key.detach().double(), value.detach().double(), wider(dtype)
+    values = torch.linalg.solve_ex(key, value, left=False).result
+    size = key.square().sum(1)  # of every cached number, squared
+    cost = torch.eye(len(key), dtype=key.dtype, device=key.device) / size.sum() + values.T @ values / value.square().sum()
+    order = (cost.diagonal() * size).argsort(descending=True)
+    cost, size = cost[order][:, order], size[order]
+    feedback, squared, done = [], size.new_zeros(()), 0
+    while done < len(size):
+        step = slice(done, done + max(1, (len(size) - done) // 2))
+        left = torch.linalg.inv_ex(cost[done:, done:]).inverse[: step.stop - done]
+        feedback.append((-left @ cost[done:, :done]).to(wide))  # (numbers of the step, numbers done)
+        complement = torch.linalg.inv_ex(left[:, : len(left)]).inverse
+        squared, done = squared + complement.diagonal() @ size[step], step.stop
+    values = values.to(wide)
+    computed = float((values @ key.to(wide) - value).norm() / value.norm())
+    rounding = float(squared.sqrt()) * torch.finfo(dtype).eps / 12**0.5
+    return ExactMaps(values, order, tuple(feedback), (rounding**2 + computed**2) ** 0.5)
+
+
+def round_keys(maps: ExactMaps, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys before bias, norm and rope, (..., n) in `wider` dtype, rounded so that the values made of them suffer least."""
+    keys = keys[..., maps.order]
+    rounded = keys[..., :0]
+    for feedback in maps.feedback:
+        done = rounded.shape[-1]
+        moved = keys[..., done : done + len(feedback)] + (rounded - keys[..., :done]) @ feedback.T
+        rounded = torch.cat([rounded, moved.to(dtype).to(keys.dtype)], dim=-1)
+    return rounded[..., maps.order.argsort()].to(dtype)
+
+
+def _maps(attention: Any, dtype: torch.dtype) -> ExactMaps:
+    """The maps of an attention module, made when they are first needed and again when a weight has changed.
+
+    They lie beside the weights and not in their place: those stay bit for bit what they were, for saving and for training, and
+    tokens whose hidden states are at hand have values as exact as natively. The price is 4/3 n^2 numbers of memory per layer.
+    """
+    key, value = attention.k_proj, attention.v_proj
+    if not (isinstance(key, nn.Linear) and isinstance(value, nn.Linear)) or key.weight.is_meta:
+        raise ValueError("the exact form computes with the weights of k_proj and v_proj: merge adapters, do not offload layers")
+    kept = attention.kvshare_maps
+    if torch.compiler.is_compiling() and kept is not None:  # made by an earlier forward, as `generate` runs for the prompt
+        return kept[1]
+    state = [dtype, *((w.data_ptr(), 0 if w.is_inference() else w._version) for w in (key.weight, value.weight))]
+    if kept is None or kept[0] != state:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = (state, exact_maps(key.weight, value.weight, dtype))
+        if not kept[1].error <= VALUE_ERROR:
+            raise ValueError(
+                f"values of layer {attention.layer_idx} would be off by {kept[1].error:.1%} with a cache in {dtype}, and the limit "
+                f"is {VALUE_ERROR:.0%}: load the model in float32, or do without TF32 and autocast"
+            )
+        attention.kvshare_maps = kept
+    return kept[1]
+
+
+def _keys_to_cache(attention: Any, hidden: Tensor) -> Tensor:
+    """k_proj's output before bias as the cache keeps it, (batch, new tokens, n)."""
+    maps = _maps(attention, hidden.dtype)
+    keys = nn.functional.linear(hidden.to(maps.values.dtype), attention.k_proj.weight.to(maps.values.dtype))
+    rounded = round_keys(maps, keys.detach(), hidden.dtype)
+    return (keys + (rounded.to(keys.dtype) - keys.detach())).to(hidden.dtype)  # rounding does not stop gradients
+
+
+def _values_from_keys(attention: Any, shared: Tensor) -> Tensor:
+    """The values of every cached token, (batch, kv heads, slots, head_dim) in and out."""
+    values, bias = _maps(attention, shared.dtype).values, attention.v_proj.bias
+    every = shared.transpose(1, 2).flatten(2).to(values.dtype)  # (batch, slots, n)
+    value = nn.functional.linear(every, values, None if bias is None else bias.to(values.dtype))
+    return value.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).to(shared.dtype)
+
+
+def _averages_first(attention: Any, query: Tensor, mask: Any) -> bool:
+    """Whether to average the cached keys by the attention weights and make values of the averages alone.
+
+    With q queries, s slots and H heads it takes q * s * n multiply-adds per head to average and q * n^2 in all to make values
+    of the averages; to make the values of all slots takes s * n^2. The first is less while q * H < n, as in decoding. It needs
+    the attention weights, which these two implementations define by mask and softmax alone; without a mask, several queries
+    would rely on the implementation's own causal one.
+    """
+    few = query.shape[1] * query.shape[2] < attention.k_proj.weight.shape[0]
+    masked = mask is not None or query.shape[2] == 1
+    return few and masked and not attention.training and attention.config._attn_implementation in ("eager", "sdpa")
+
+
+def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, shared: Tensor, mask: Any) -> tuple[Tensor, Tensor]:
+    """Attention whose values are made after the average: sum_j p_j W_V x_j = (W_V W_K^-1) sum_j p_j W_K x_j.
+
+    Args:
+        attention: the module.
+        eager: its family's attention, for the weights p.
+        query: rotated, (batch, query heads, new tokens, head_dim).
+        key: rotated, (batch, kv heads, slots, head_dim).
+        shared: as cached, (batch, kv heads, slots, head_dim).
+        mask: (batch or 1, 1, new tokens, slots), boolean or added to the scores; or None.
+
+    Returns:
+        (batch, new tokens, query heads * head_dim) and the attention weights.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    _, weights = eager(attention, query, key, shared[..., :0], mask, scaling=attention.scaling)
+    values, bias = _maps(attention, shared.dtype).values, attention.v_proj.bias
+    heads = (shared.shape[1], attention.head_dim)
+    by_head = weights.flatten(1, 2).unsqueeze(1).to(values.dtype)  # (batch, 1, query heads * new tokens, slots)
+    averages = by_head @ shared.to(values.dtype)  # (batch, kv heads, query heads * new tokens, head_dim)
+    averages = averages.transpose(1, 2).flatten(2).unflatten(1, (heads[0], -1))  # (batch, kv heads, queries of each, n)
+    value = torch.einsum("bkqn,kdn->bkqd", averages, values.unflatten(0, heads))
+    if bias is not None:
+        value = value + bias.view(1, heads[0], 1, heads[1])
+    return value.reshape(query.shape).transpose(1, 2).flatten(2).to(query.dtype), weights
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj (or dense)."""
@@ -103,7 +255,10 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if hasattr(self, "q_norm"):
             query = self.q_norm(query)
         query = query.transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        shared = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
+        # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
+        rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
+        shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
+        shared = shared.view(heads).transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
 
@@ -115,7 +270,16 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if getattr(self, "use_rope", True):
             tables = key_position_embeddings[self.kvshare_layer_type] if key_position_embeddings else position_embeddings
             query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
-        value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
+        project = self.o_proj if hasattr(self, "o_proj") else self.dense
+        if not self.kvshare_exact:
+            value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
+        elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
+            value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        elif _averages_first(self, query, attention_mask):
+            output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
+            return project(output), weights
+        else:
+            value = _values_from_keys(self, shared)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
@@ -131,7 +295,6 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             sliding_window=window,
             **kwargs,
         )
-        project = self.o_proj if hasattr(self, "o_proj") else self.dense
         return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
@@ -167,7 +330,12 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
             output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the weights; what was made of them is made again when it is needed."""
+        self.kvshare_maps = None
+        return native._apply(self, function, *args, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "_apply": apply, "__module__": __name__})
 
 
 @functools.cache
@@ -249,6 +417,9 @@ def _share(model: Any) -> None:
     block = getattr(model.config, "kvshare", None)
     if not isinstance(block, dict) or "layers" not in block:
         raise ValueError("this config has no kvshare block: load the model with its native class, or convert it first")
+    if block.get("form") not in FORMS:
+        raise ValueError(f"the kvshare block names the form {block.get('form')!r}; this file knows: {', '.join(FORMS)}")
+    exact = block["form"] == "exact"
     decoder = model.get_decoder()
     if hasattr(decoder, "h"):
         for layer in block["layers"]:
@@ -261,10 +432,12 @@ def _share(model: Any) -> None:
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     for layer in block["layers"]:
         attention = decoder.layers[layer].self_attn
-        value_bias = attention.v_proj.bias
-        del attention.v_proj
-        if value_bias is not None:
-            attention.v_proj = ValueBias(value_bias)
+        attention.kvshare_exact, attention.kvshare_maps = exact, None
+        if not exact:
+            value_bias = attention.v_proj.bias
+            del attention.v_proj
+            if value_bias is not None:
+                attention.v_proj = ValueBias(value_bias)
         attention.k_proj.__class__ = SharedProjection
         native: Any = type(attention)
         attention.__class__ = _attention_class(native)
