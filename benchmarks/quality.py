@@ -214,7 +214,11 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
             book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
     book.measure("int8 cache", lambda: with_int8(model, None, options))
     half = heads[0]
-    book.measure("exact seed 0", lambda: unhealed(model, "exact", half, 0, options))
+    try:
+        kvshare.plan(model, init="exact")
+        book.measure("exact seed 0", lambda: unhealed(model, "exact", half, 0, options))
+    except kvshare.KVShareError as error:
+        print(f"no exact form: {error}")
     book.measure(
         f"svd {half} + int8 cache", lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options)
     )
