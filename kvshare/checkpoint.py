@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
 from kvshare.families import family_of
+from kvshare.repeats import check_repeats, repeats_of
 from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec, read_json, read_tensor_specs, weight_files
 
 MANIFEST = "kvshare_manifest.json"
@@ -55,7 +56,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found in order: files, their bytes, and layers whose k_proj and v_proj are equal bit for bit."""
+    """What `verify` found in order: files, their bytes, and layers whose k_proj and v_proj are equal bit for bit, with repeats."""
 
     files: int
     bytes: int
@@ -315,15 +316,17 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_tie(checkpoint: Path) -> int:
-    """Check that k_proj and v_proj are equal bit for bit in every shared layer; returns how many layers there are.
+    """Check that k_proj and v_proj are equal bit for bit in every shared layer, and that a layer of fewer heads than the config
+    names holds each of them repeated; returns how many layers there are.
 
     Raises:
-        BadCheckpointError: they differ, or one is missing.
+        BadCheckpointError: they differ, one is missing, or heads are not repeated as the kvshare block says.
     """
     block = read_block(checkpoint)
-    family = family_of(str(read_json(checkpoint / "config.json").get("model_type", "")))
+    config = read_json(checkpoint / "config.json")
+    family = family_of(str(config.get("model_type", "")))
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
-    for layer in block["layers"]:
+    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config), strict=True):
         pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
         if None in pair:
             missing = family.weight(layer, "k" if pair[0] is None else "v")
@@ -339,6 +342,9 @@ def verify_tie(checkpoint: Path) -> int:
                 "the shared cache would compute another function than the stored weights",
                 "convert the model again; train shared models through kvshare only",
             )
+        for name in (family.weight(layer, "k"), family.bias(layer, "k"), family.bias(layer, "v")):
+            if name in specs and repeat > 1:
+                check_repeats(name, _bytes(checkpoint, specs[name]), repeat, config["num_key_value_heads"])
     return len(block["layers"])
 
 

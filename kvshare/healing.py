@@ -35,6 +35,7 @@ from kvshare.checkpoint import (
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.errors import KVShareError, UsageError
 from kvshare.loading import load, load_native
+from kvshare.merge import repeat_heads
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
@@ -169,6 +170,9 @@ def heal_into(
     student = load(checkpoint, dtype=torch.float32)
     changed, result = train(student, teacher, rows, recipe.heal, recipe.seed, state, resume, progress)
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
+    config = read_json(checkpoint / "config.json")
+    for name in [name for name in changed if f".{SHARED}." in name]:
+        changed[name] = repeat_heads(changed[name], int(config["head_dim"]), int(config["num_key_value_heads"]))
     for name in [name for name in changed if f".{SHARED}.weight" in name]:
         changed[name.replace(f".{SHARED}.", ".v_proj.")] = changed[name]
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
@@ -178,7 +182,6 @@ def heal_into(
         else:
             writer.copy(spec, checkpoint)
     writer.finish()
-    config = read_json(checkpoint / "config.json")
     block = read_block(checkpoint)
     config["kvshare"] = {
         **block,
@@ -221,7 +224,7 @@ def train(
         lora_alpha=2 * settings.lora_rank,
         lora_dropout=0.0,
         target_modules=list(_targets(student, settings)),
-        modules_to_save=[SHARED],
+        modules_to_save=_shared_projections(student),
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(student, config)
@@ -277,6 +280,12 @@ def _optimizer(adapted: nn.Module, rate: float, shared_rate: float) -> torch.opt
     others = [value for name, value in trainable if f".{SHARED}." not in name]
     groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _shared_projections(student: Any) -> list[str] | None:
+    """The names of the projections that K and V share; in untouched layers the module of that name makes keys alone."""
+    endings = tuple(f".layers.{layer}.self_attn.{SHARED}" for layer in student.config.kvshare["layers"])
+    return [name for name, _ in student.named_modules() if name.endswith(endings)] or None
 
 
 def _targets(student: nn.Module, settings: Heal) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
-    ["recipe", "families", "source"],
+    ["recipe", "families", "source", "repeats"],
     ["hub"],
     ["planning", "merge", "progress", "data"],
     ["moments"],

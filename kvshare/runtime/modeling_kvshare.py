@@ -9,6 +9,9 @@ Never: imports kvshare, changes what the weights compute.
 
 The cache's key slot holds the shared projection before norm and rope, its value slot a tensor of width zero. Keys are
 made from it on every read, so any cache that takes keys and values of different widths works unchanged.
+
+Layers may differ: those that the block does not name stay native, and one with fewer heads than the config says is stored
+with each head repeated, which the native class computes as it is; here one of each is computed, kept and cached.
 """
 
 from __future__ import annotations
@@ -42,6 +45,11 @@ class ValueBias(nn.Module):
         self.bias = bias
 
 
+def _unique(x: Tensor, repeat: int) -> Tensor:
+    """One of every `repeat` equal heads: (..., stored heads, head_dim) -> (..., stored heads / repeat, head_dim)."""
+    return x if repeat == 1 else x[..., ::repeat, :]
+
+
 def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     """The position of every slot that attention will read in `layer`, before the cache takes the new tokens in.
 
@@ -71,6 +79,10 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
 
+    def bias_of(self: Any, projection: Any) -> Tensor:
+        """(kv heads, 1, head_dim)."""
+        return _unique(projection.bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -85,13 +97,14 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if hasattr(self, "q_norm"):
             query = self.q_norm(query)
         query = query.transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        shared = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
+        shared = _unique(self.k_proj(hidden_states).view(heads), self.kvshare_repeat)
+        shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
 
         key = shared
         if self.k_proj.bias is not None:
-            key = key + self.k_proj.bias.view(1, -1, 1, self.head_dim)
+            key = key + bias_of(self, self.k_proj)
         if hasattr(self, "k_norm"):
             key = self.k_norm(key)
         if key_position_embeddings is None:
@@ -99,7 +112,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         else:
             query, _ = rotate(query, key[:, :0, : query.shape[2]], *position_embeddings)
             _, key = rotate(query[:, :0, :1], key, *key_position_embeddings[self.kvshare_layer_type])
-        value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
+        value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
@@ -116,6 +129,16 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+@functools.cache
+def _untouched_class(native: type[nn.Module]) -> type[nn.Module]:
+    """An attention class as it is, for layers beside shared ones."""
+
+    def forward(self: Any, *args: Any, key_position_embeddings: dict[str, Rotary] | None = None, **kwargs: Any) -> Any:
+        return native.forward(self, *args, **kwargs)
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -173,15 +196,28 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         native.__init__(self, config, *args, **kwargs)
         _share(self)
 
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; of repeated heads, one is kept in memory."""
+        loaded = native.from_pretrained.__func__(cls, *args, **kwargs)
+        _forget_repeats(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(self: Any, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """Write the checkpoint as the native class expects it: the shared projection under both names."""
+        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
         state = dict(self.state_dict() if state_dict is None else state_dict)
+        for prefix, attention in _shared_attention(self):
+            rows = self.config.num_key_value_heads * attention.head_dim
+            for name in (f"{prefix}.{tensor}" for tensor in ("k_proj.weight", "k_proj.bias", "v_proj.bias")):
+                if name in state and len(state[name]) < rows:
+                    heads = state[name].unflatten(0, (-1, attention.head_dim))
+                    state[name] = heads.repeat_interleave(rows // len(state[name]), 0).flatten(0, 1)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
         native.save_pretrained(self, save_directory, state_dict=state, **kwargs)
 
     members = {
         "__init__": initialise,
+        "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
         "__module__": __name__,
         "__doc__": f"{native.__name__} with one cached tensor per token and layer where K and V are shared.",
@@ -199,7 +235,8 @@ def _share(model: Any) -> None:
     decoder = model.get_decoder()
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    for layer in block["layers"]:
+    stored = model.config.num_key_value_heads
+    for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
         attention = decoder.layers[layer].self_attn
         value_bias = attention.v_proj.bias
         del attention.v_proj
@@ -209,10 +246,39 @@ def _share(model: Any) -> None:
         native: Any = type(attention)
         attention.__class__ = _attention_class(native)
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
+        attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
+    for layer in set(range(len(decoder.layers))) - set(block["layers"]):
+        attention = decoder.layers[layer].self_attn
+        untouched: Any = type(attention)
+        attention.__class__ = _untouched_class(untouched)
     native_decoder: Any = type(decoder)
     decoder.__class__ = _decoder_class(native_decoder)
     decoder.kvshare_kinds = kinds
+
+
+def _shared_attention(model: Any) -> list[tuple[str, Any]]:
+    """The shared attention modules of a model with their names."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "kvshare_repeat")]
+
+
+def _forget_repeats(model: Any) -> None:
+    """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
+    stored = model.config.num_key_value_heads
+    for _, attention in _shared_attention(model):
+        projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
+        held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
+        plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
+        whole = all(len(value) == stored * attention.head_dim for _, _, value in held)
+        if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
+            continue
+        for projection, name, value in held:
+            heads = value.detach().unflatten(0, (-1, attention.kvshare_repeat, attention.head_dim))
+            kept = heads[:, 0].flatten(0, 1).clone()
+            setattr(projection, name, nn.Parameter(kept, requires_grad=value.requires_grad))
+        attention.k_proj.out_features = len(attention.k_proj.weight)
+        attention.kvshare_repeat = 1
 
 
 def __getattr__(name: str) -> Any:
