@@ -49,7 +49,7 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
         report: the evaluation of these very weights, or None when there was none.
     """
     block = config["kvshare"]
-    source_heads, heads = block["source"]["num_key_value_heads"], config["num_key_value_heads"]
+    heads = config["num_key_value_heads"]
     tokens = block["healed_tokens"]
     healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
     figures = "These weights have not been measured: `kvshare eval` does." if report is None else _figures(report)
@@ -58,8 +58,7 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
 ---
 # {block["source"]["name"]}, with a shared K and V
 
-Converted by kvshare: K and V are one projection, `{block["recipe"]["init"]}` initialisation, {source_heads} KV heads
-became {heads}, {healing}.
+Converted by kvshare: {_form(config)}, `{block["recipe"]["init"]}` initialisation, {healing}.
 
 {figures}
 
@@ -72,6 +71,20 @@ Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` mod
 full-size cache ({heads} KV heads for K and for V). Fine-tune it through kvshare only: training `k_proj` and `v_proj` apart
 breaks what the smaller cache relies on.
 """
+
+
+def _form(config: dict[str, Any]) -> str:
+    """What became of the KV heads."""
+    block, stored = config["kvshare"], config["num_key_value_heads"]
+    layers, source_heads = block["layers"], block["source"]["num_key_value_heads"]
+    heads = block.get("kv_heads", [stored] * len(layers))
+    if len(layers) == config["num_hidden_layers"] and set(heads) == {stored}:
+        return f"K and V are one projection, {source_heads} KV heads became {stored}"
+    if not layers:
+        return "no layer was changed"
+    kept = ", ".join(f"{layer}: {count}" for layer, count in zip(layers, heads, strict=True))
+    where = f"{len(layers)} of {config['num_hidden_layers']} layers"
+    return f"K and V are one projection in {where} (KV heads by layer: {kept}; the source has {source_heads} in each)"
 
 
 def _figures(report: Report) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, divisors, head_units, stored_heads
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import PARTS, Family, family_of
 from kvshare.hub import describe
@@ -45,7 +46,9 @@ class Plan:
     """Everything a conversion will do.
 
     `config` is the output's config.json without the kvshare block; cache figures are bytes per token and sequence in the
-    source's dtype; `reasons` says why each automatic choice was made.
+    source's dtype; `reasons` says why each automatic choice was made. `kv_heads` are those that the config names and the
+    weights are stored with; `layer_heads` those that each layer has. While a cache budget's choice is open it is None, and
+    tensors and cache figures are the most that any choice needs.
     """
 
     source: Source
@@ -55,6 +58,7 @@ class Plan:
     layers: int
     source_kv_heads: int
     kv_heads: int
+    layer_heads: LayerHeads | None
     head_dim: int
     tensors: tuple[TensorPlan, ...]
     source_cache_bytes_per_token: int
@@ -108,6 +112,8 @@ class Plan:
             "layers": self.layers,
             "source_kv_heads": self.source_kv_heads,
             "kv_heads": self.kv_heads,
+            "layer_heads": None if self.layer_heads is None else [heads or UNTOUCHED for heads in self.layer_heads],
+            "cache_budget": self.recipe.cache_budget,
             "head_dim": self.head_dim,
             "source_cache_bytes_per_token": self.source_cache_bytes_per_token,
             "cache_bytes_per_token": self.cache_bytes_per_token,
@@ -141,6 +147,7 @@ def plan(
     *,
     init: str | None = None,
     kv_heads: int | str | None = None,
+    cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
 ) -> Plan:
     """What a conversion of `model` would do, from its config and its tensor headers alone.
@@ -149,21 +156,27 @@ def plan(
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
         init: `mean`, `svd` or `learned`; None as the recipe says.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`; None as the recipe says.
+        cache_budget: the most of the source's cache to keep, in place of `kv_heads`; None as the recipe says.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`; None for the default.
 
     Raises:
         UsageError, UnsupportedModelError, BadCheckpointError: see the modules `recipe`, `families` and `source`.
     """
-    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads))
+    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads, cache_budget=cache_budget))
 
 
-def make_plan(source: Source, recipe: Recipe) -> Plan:
+def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) -> Plan:
     """Lay a recipe over a source.
+
+    Args:
+        source: the model's config and headers.
+        recipe: the settings.
+        chosen: what a cache budget's search chose for each layer; None before it, and without a budget.
 
     Raises:
         UnsupportedModelError: an unknown `model_type`, quantised weights, or a checkpoint that is already shared.
         BadCheckpointError: tensors that are missing or do not have the shape that the config gives them.
-        UsageError: `kv_heads` does not divide the source's.
+        UsageError: `kv_heads` does not divide the source's, or no choice meets `cache_budget`.
     """
     config = source.config
     if "kvshare" in config:
@@ -188,7 +201,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         )
     layers, query_heads, source_heads, head_dim, hidden = _geometry(source)
     reasons: list[str] = []
-    heads = _resolve_heads(recipe.kv_heads, source_heads, query_heads, reasons)
+    if recipe.cache_budget is None:
+        chosen = (_resolve_heads(recipe.kv_heads, source_heads, query_heads, reasons),) * layers
+    # a head of K or V is one unit of cache
+    units = budget_units(recipe.cache_budget or 1.0, layers, source_heads) if chosen is None else head_units(chosen, source_heads)
+    heads = source_heads if chosen is None else stored_heads(chosen, source_heads)
     shapes = {
         "q": (query_heads * head_dim, hidden),
         "k": (source_heads * head_dim, hidden),
@@ -197,10 +214,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     }
     merged: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
+        untouched = chosen is not None and chosen[layer] is None
         for part in PARTS:
             expected = shapes[part]
             _require(source, family.weight(layer, part), expected)
-            changes = part in "kv" or recipe.init in CALIBRATED
+            changes = not untouched and (part in "kv" or recipe.init in CALIBRATED)
             rows = heads * head_dim if part in "kv" else expected[0]
             if changes:
                 merged[family.weight(layer, part)] = (rows, expected[1])
@@ -213,13 +231,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         for spec in sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))
     )
     key = source.tensors[family.weight(0, "k")]
-    per_head = layers * head_dim * ITEM_BYTES[key.dtype]
+    per_head = head_dim * ITEM_BYTES[key.dtype]
     output_config = copy.deepcopy(config) | {"num_key_value_heads": heads, "head_dim": head_dim}
     output_config.pop("auto_map", None)
-    reasons.append(
-        f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
-        f"instead of two of {source_heads}"
-    )
+    reasons.extend(_form(recipe, chosen, layers, source_heads, heads))
     if recipe.init == "mean":
         reasons.append("init mean is the naive baseline; svd costs one pass over a little text and loses far less")
     return Plan(
@@ -230,10 +245,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         layers,
         source_heads,
         heads,
+        chosen,
         head_dim,
         tensors,
-        2 * source_heads * per_head,
-        heads * per_head,
+        2 * source_heads * layers * per_head,
+        units * per_head,
         tuple(reasons),
     )
 
@@ -275,12 +291,37 @@ def _resolve_heads(wanted: int | str, source_heads: int, query_heads: int, reaso
             return heads
     elif source_heads % wanted == 0:
         return wanted
-    fitting = [str(n) for n in range(1, source_heads + 1) if source_heads % n == 0]
+    fitting = [str(count) for count in reversed(divisors(source_heads))]
     raise UsageError(
         f"{wanted} KV heads cannot be made of {source_heads}",
         "every output head takes in the same number of source heads",
         f"choose one of: {', '.join(fitting)}",
     )
+
+
+def _form(recipe: Recipe, chosen: LayerHeads | None, layers: int, source_heads: int, heads: int) -> list[str]:
+    """What becomes of the layers, and why."""
+    if chosen is None:
+        options = " or ".join(str(count) for count in divisors(source_heads))
+        return [
+            f"cache budget {recipe.cache_budget:g}: what each layer bears is measured on calibration text, then each is left "
+            f"untouched or shares {options} heads, so that the least is lost within the budget; until then sizes are upper bounds",
+            f"per-layer head counts are not native to this architecture: a layer of fewer heads is stored with its heads repeated, "
+            f"stock transformers caches up to {source_heads} heads there and K and V apart, kvshare's runtime only what is chosen",
+        ]
+    shared = [count for count in chosen if count is not None]
+    if len(shared) == layers and len(set(shared)) == 1:
+        return [
+            f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
+            f"instead of two of {source_heads}"
+        ]
+    reasons = [f"{layers - len(shared)} of {layers} layers stay untouched" + (", the others share K and V" if shared else "")]
+    if set(shared) - {heads}:
+        reasons.append(
+            f"per-layer head counts are not native to this architecture: layers of fewer than {heads} heads are stored with "
+            f"their heads repeated; stock transformers caches {heads} heads there, kvshare's runtime one of each"
+        )
+    return reasons
 
 
 def _require(source: Source, name: str, shape: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ import torch
 import transformers
 
 import kvshare
+from kvshare.budget import LayerHeads, head_units
+from kvshare.planning import Plan
+from kvshare.recipe import Recipe
+from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
@@ -72,6 +77,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
 }
 
 
@@ -121,6 +127,48 @@ def converted_folder(
             )
             made[settings] = output
         return made[settings]
+
+    return get
+
+
+def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: str, **settings: Any) -> None:
+    """Convert with a cache budget that chooses these heads per layer, None for an untouched one, without measuring anything."""
+
+    def choose(_model: Any, plan: Plan, *_: Any) -> Sensitivity:
+        units = head_units(chosen, plan.source_kv_heads)
+        layers = tuple((Damage(heads, head_units((heads,), plan.source_kv_heads), 0.0, 0.0),) for heads in chosen)
+        return Sensitivity(layers, chosen, units, units, Agreement(math.nan, math.nan, math.nan), 0)
+
+    text = {"calibration": text_file, "calibration_tokens": 4096, "eval_data": text_file, "eval_tokens": 2048}
+    recipe = Recipe.model_validate({"merge": {"balance": [1.0]}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvshare.conversion.measure_sensitivity", choose)
+        kvshare.convert(source, output, recipe=recipe, cache_budget=1.0, **{"heal": False, **text, **settings})
+
+
+def mixed_layers(key: str, source_heads: int) -> LayerHeads:
+    """Layers of all forms: untouched, shared, shared with fewer heads."""
+    if key == "tiny":
+        return (2, None, 8, 4, None, 1)
+    return (None, source_heads, max(1, source_heads // 2), 1)
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> Callable[[str], Path]:
+    """A converted checkpoint of `mixed_layers` by its key in SOURCES, made once."""
+    made: dict[str, Path] = {}
+
+    def get(key: str) -> Path:
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{key}-mixed")
+            source = TINY_FOLDER
+            if key != "tiny":
+                model_type, fields = SOURCES[key]
+                source = random_model(folder / "source", model_type, **fields | {"num_hidden_layers": 4})
+            heads = json.loads((source / "config.json").read_text())["num_key_value_heads"]
+            convert_layers(source, folder / "out", mixed_layers(key, heads), text_file)
+            made[key] = folder / "out"
+        return made[key]
 
     return get
 

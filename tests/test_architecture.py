@@ -15,13 +15,14 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
-    ["recipe", "families", "source", "repeats"],
+    ["recipe", "families", "source", "budget", "repeats"],
     ["hub"],
     ["planning", "merge", "progress", "data"],
     ["moments"],
     ["calibrate"],
     ["fit"],
     ["layerwise"],
+    ["sensitivity"],
     ["checkpoint", "runtime"],
     ["loading"],
     ["evaluation"],

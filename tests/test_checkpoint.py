@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import kvshare
 from kvshare import checkpoint as checkpoints
-from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify
+from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, verify, verify_tie
 from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
 
 
@@ -66,6 +68,35 @@ def test_a_broken_tie_is_refused_on_load(checkpoint: Path) -> None:
     change_weights(checkpoint, change)
     with pytest.raises(BadCheckpointError, match="layer 3 differ"):
         kvshare.load(checkpoint)
+
+
+@pytest.mark.parametrize("parts", [("k_proj.weight", "v_proj.weight"), ("k_proj.bias",), ("v_proj.bias",)], ids=str)
+def test_a_broken_repeat_is_refused(mixed_folder: Callable[[str], Path], tmp_path: Path, parts: tuple[str, ...]) -> None:
+    folder = Path(shutil.copytree(mixed_folder("qwen2"), tmp_path / "checkpoint"))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for part in parts:  # one of two heads that should be equal, the same way in K and V
+            tensors[f"model.layers.2.self_attn.{part}"][-1] += 1
+
+    verify_tie(folder)
+    change_weights(folder, change)
+    for check in (verify_tie, kvshare.load):
+        with pytest.raises(BadCheckpointError, match=rf"layers\.2\.self_attn\.{re.escape(parts[0])} does not hold .* 2 times"):
+            check(folder)
+
+
+@pytest.mark.parametrize("heads", [[2, 1], [2, 1, 3], [2, 1, 0], "2", [2, 1, "1"]], ids=str)
+def test_heads_that_do_not_fit_are_refused(mixed_folder: Callable[[str], Path], tmp_path: Path, heads: Any) -> None:
+    folder = Path(shutil.copytree(mixed_folder("qwen2"), tmp_path / "checkpoint"))
+    edit_json(folder / "config.json", lambda config: config["kvshare"].update(kv_heads=heads))
+    with pytest.raises(BadCheckpointError, match="kv_heads"):
+        kvshare.load(folder)
+
+
+def test_a_block_without_heads_repeats_none(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config["kvshare"].pop("kv_heads"))
+    assert verify_tie(checkpoint) == 6
+    assert kvshare.load(checkpoint).model.layers[0].self_attn.k_proj.weight.shape[0] == 128
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"])

@@ -37,7 +37,11 @@ class MergeReport:
 
 
 def solve_layer(
-    weights: AttentionWeights, moments: Moments, balance: float = 1.0, starts: Sequence[GroupSolution] | None = None
+    weights: AttentionWeights,
+    moments: Moments,
+    balance: float = 1.0,
+    starts: Sequence[GroupSolution] | None = None,
+    iterations: int | None = None,
 ) -> list[GroupSolution]:
     """Share K and V of a layer and regroup its heads: one solution per output head, all in float64.
 
@@ -46,11 +50,12 @@ def solve_layer(
         moments: second moments of its activations, for the groups that are wanted.
         balance: a / b, the weight of the key error against the value error; 1 is what both do to the output to first order.
         starts: the solutions at another balance, if there are any; they shorten the search.
+        iterations: the most steps of the search; None for as many as are worth while.
     """
     weights = weights.to(torch.float64)
     known: Sequence[GroupSolution | None] = starts or [None] * len(moments.grouping)
     return [
-        solve_group(_problem(weights, group, keys, values, moments.key_metric, balance), start=start)
+        solve_group(_problem(weights, group, keys, values, moments.key_metric, balance), iterations, start)
         for group, keys, values, start in zip(moments.grouping, moments.keys, moments.values, known, strict=True)
     ]
 
