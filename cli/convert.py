@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 from kvshare.cli import options
-from kvshare.cli.render import print_json, print_report, shown_progress
+from kvshare.cli.render import print_choice, print_json, print_report, shown_progress
 
 
 def run(
@@ -14,6 +14,7 @@ def run(
     output: options.Output,
     init: options.Init = None,
     kv_heads: options.KVHeads = None,
+    cache_budget: options.CacheBudget = None,
     recipe: options.Recipe = None,
     calibration: Annotated[str | None, typer.Option(help=f"Text for the merge. {options.DATA}.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
@@ -35,6 +36,7 @@ def run(
             output,
             init=init,
             kv_heads=kv_heads,
+            cache_budget=cache_budget,
             recipe=recipe,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
@@ -50,5 +52,7 @@ def run(
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})
         return
+    if result.sensitivity is not None:
+        print_choice(result.sensitivity)
     print_report(result.report)
     print(f"written to {result.output}; load it with kvshare.load({str(result.output)!r})")

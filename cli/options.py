@@ -18,6 +18,9 @@ Init = Annotated[
     ),
 ]
 KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a divisor of the source's, or a fraction such as 1/4.")]
+CacheBudget = Annotated[
+    float | None, typer.Option(help="The most of the cache to keep, such as 0.3: each layer gets what it is found to need.")
+]
 Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]

@@ -15,6 +15,7 @@ from kvshare.progress import Progress
 
 if TYPE_CHECKING:
     from kvshare.evaluation import Report
+    from kvshare.sensitivity import Sensitivity
 
 
 def print_json(value: Any) -> None:
@@ -54,6 +55,20 @@ def print_report(report: Report) -> None:
         ],
         ("", "source", "converted"),
     )
+
+
+def print_choice(sensitivity: Sensitivity) -> None:
+    """What a cache budget chose for each layer, and the damage that this does to it alone."""
+    s = sensitivity
+    print_table(
+        f"cache budget: {s.units} of {s.budget_units} heads of K and V used, KL measured on {s.tokens:,} tokens",
+        [
+            (str(layer), option.name, str(option.units), f"{option.measured:.5f}", f"{option.predicted:.2e}")
+            for layer, option in enumerate(s.choice)
+        ],
+        ("layer", "shared heads", "heads cached", "KL of it alone", "predicted error"),
+    )
+    print(f"rank correlation of predicted and measured damage: {s.agreement.spearman:.2f}")
 
 
 def size(count: int) -> str:

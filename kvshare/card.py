@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from kvshare.evaluation import Report
+from kvshare.families import family_of
 from kvshare.source import Source
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -49,8 +50,7 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
         report: the evaluation of these very weights, or None when there was none.
     """
     block = config["kvshare"]
-    source_heads = block["source"]["num_key_value_heads"]
-    heads = config.get("num_key_value_heads", source_heads)
+    heads = config.get("num_key_value_heads", block["source"]["num_key_value_heads"])
     tokens = block["healed_tokens"]
     if block["form"] == "exact":
         title = "half the cache"
@@ -62,10 +62,7 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | 
     else:
         title = "a shared K and V"
         healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
-        story = (
-            f"Converted by kvshare: K and V are one projection, `{block['recipe']['init']}` initialisation, "
-            f"{source_heads} KV heads\nbecame {heads}, {healing}."
-        )
+        story = f"Converted by kvshare: {_form(config)}, `{block['recipe']['init']}` initialisation, {healing}."
         training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
     figures = "These weights have not been measured: `kvshare eval` does." if report is None else _figures(report)
     return f"""---
@@ -85,6 +82,22 @@ With the smaller cache:
 Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
 full-size cache ({heads} KV heads for K and for V). {training}
 """
+
+
+def _form(config: dict[str, Any]) -> str:
+    """What became of the KV heads."""
+    block = config["kvshare"]
+    layers, source_heads = block["layers"], block["source"]["num_key_value_heads"]
+    stored = config.get("num_key_value_heads", source_heads)
+    every = config[family_of(config["model_type"]).field("num_hidden_layers")]
+    heads = block.get("kv_heads", [stored] * len(layers))
+    if len(layers) == every and set(heads) == {stored}:
+        return f"K and V are one projection, {source_heads} KV heads became {stored}"
+    if not layers:
+        return "no layer was changed"
+    kept = ", ".join(f"{layer}: {count}" for layer, count in zip(layers, heads, strict=True))
+    where = f"{len(layers)} of {every} layers"
+    return f"K and V are one projection in {where} (KV heads by layer: {kept}; the source has {source_heads} in each)"
 
 
 def _figures(report: Report) -> str:

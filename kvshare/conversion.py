@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvshare import __version__
 from kvshare.card import card_matter, write_card
@@ -43,15 +44,19 @@ from kvshare.planning import CALIBRATED, Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.runtime import MODELING_FILE
+from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.source import CARRIED_FILES, open_source, read_json
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion did: its plan, one report per layer (none for `mean`), the healing if any, the measurement."""
+    """What a conversion did: its plan, what a cache budget's choice rests on, one report per merged layer (none for `mean`),
+    the healing if any, the measurement.
+    """
 
     output: Path
     plan: Plan
+    sensitivity: Sensitivity | None
     layers: tuple[LayerReport, ...] | tuple[ExactLayer, ...]
     heal: HealResult | None
     report: Report
@@ -60,6 +65,7 @@ class Conversion:
         """As JSON data: the evaluation's figures at the top level, the rest below. This is report.json."""
         return {
             **self.report.to_dict(),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "heal": None if self.heal is None else self.heal.to_dict(),
         }
@@ -71,6 +77,7 @@ def convert(
     *,
     init: str | None = None,
     kv_heads: int | str | None = None,
+    cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
     calibration: str | None = None,
     calibration_tokens: int | None = None,
@@ -90,6 +97,8 @@ def convert(
         output: a new folder.
         init: `mean`, `svd`, `learned` or `exact`.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`.
+        cache_budget: the most of the source's cache to keep, such as 0.3, in place of `kv_heads`: layers then keep K and V apart,
+            share them, or share fewer heads, as they are found to bear it.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`.
         calibration, calibration_tokens: text for the merge.
         heal: whether to distil after the merge.
@@ -106,6 +115,7 @@ def convert(
         recipe,
         init=init,
         kv_heads=kv_heads,
+        cache_budget=cache_budget,
         seed=seed,
         calibration__data=calibration,
         calibration__tokens=calibration_tokens,
@@ -131,8 +141,15 @@ def convert(
         check_tokenizer(tokenizer, data)
     checked = check_layers(plan, progress) if settings.init == "exact" else ()
     with workspace(target) as work:
-        teacher = load_native(source.path, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
-        merged, layers = _write_merged(work, plan, teacher, tokenizer, progress)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        teacher = load_native(source.path, dtype=torch.float32).to(device)
+        rows = _calibration_rows(settings, tokenizer, teacher, progress) if settings.init in CALIBRATED else None
+        sensitivity = None
+        if settings.cache_budget is not None:
+            assert rows is not None
+            sensitivity = measure_sensitivity(teacher, plan, rows, device, progress)
+            plan = make_plan(source, settings, sensitivity.chosen)
+        merged, layers = _write_merged(work, plan, teacher, rows, device, progress)
         staged, healed = merged, None
         if settings.heal.enabled:
             staged = fresh_folder(work / "healed")
@@ -140,7 +157,7 @@ def convert(
             healed = heal_into(staged, merged, teacher, rows, settings, fresh_folder(work / "training"), False, progress)
             carry_files(merged, staged)
         report = _measure(staged, teacher, tokenizer, settings, progress)
-        result = Conversion(target, plan, checked or layers, healed, report)
+        result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
         card = write_card(read_json(staged / "config.json"), card_matter(source), report)
         (staged / "README.md").write_text(card, encoding="utf-8")
@@ -157,7 +174,19 @@ def _data_used(recipe: Recipe) -> list[str]:
     return used
 
 
-def _write_merged(work: Path, plan: Plan, teacher: Any, tokenizer: Any, progress: Progress) -> tuple[Path, tuple[LayerReport, ...]]:
+def _calibration_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:
+    """The text of the merge as token ids (rows, length)."""
+
+    def written(done: int, total: int) -> None:
+        progress("writing text with the source model", done, total)
+
+    settings = recipe.calibration
+    return load_rows(settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
+
+
+def _write_merged(
+    work: Path, plan: Plan, teacher: Any, rows: Tensor | None, device: torch.device, progress: Progress
+) -> tuple[Path, tuple[LayerReport, ...]]:
     """The merged checkpoint in native form, complete but for report, card and manifest."""
     folder = fresh_folder(work / "merged")
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.source.file) for t in plan.tensors])
@@ -166,10 +195,12 @@ def _write_merged(work: Path, plan: Plan, teacher: Any, tokenizer: Any, progress
             writer.copy(tensor.source, plan.source.path)
     planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
     reports = []
-    for layer, (weights, report) in enumerate(_merged_layers(plan, teacher, tokenizer, progress)):
+    for layer, (weights, report) in enumerate(_merged_layers(plan, teacher, rows, device, progress)):
         if report is not None:
             reports.append(report)
-        for name, value in pack(weights, plan.family).items():
+        if weights is None:
+            continue
+        for name, value in pack(weights.repeated(plan.kv_heads), plan.family).items():
             if (stored := plan.family.tensor(layer, name)) in planned:
                 writer.put(stored, value)
     writer.finish()
@@ -182,23 +213,15 @@ def _write_merged(work: Path, plan: Plan, teacher: Any, tokenizer: Any, progress
 
 
 def _merged_layers(
-    plan: Plan, teacher: Any, tokenizer: Any, progress: Progress
-) -> Iterator[tuple[AttentionWeights, LayerReport | None]]:
-    recipe = plan.recipe
-    if recipe.init == "exact":
+    plan: Plan, teacher: Any, rows: Tensor | None, device: torch.device, progress: Progress
+) -> Iterator[tuple[AttentionWeights | None, LayerReport | None]]:
+    if plan.recipe.init == "exact":
         return
-    if recipe.init == "mean":
+    if rows is None:
         for layer in range(plan.layers):
             progress("merging layers", layer + 1, plan.layers)
             yield merge_mean(_stored_weights(plan, layer), plan.kv_heads), None
         return
-
-    def written(done: int, total: int) -> None:
-        progress("writing text with the source model", done, total)
-
-    settings = recipe.calibration
-    rows = load_rows(settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stored = DTYPES[plan.source.tensors[plan.family.weight(0, "k")].dtype]
     yield from merge_layers(teacher, plan, rows, stored, device, progress)
 
@@ -224,12 +247,19 @@ def _block(plan: Plan) -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "layers": list(range(plan.layers)),
+        **_shared_layers(plan),
         "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
         "recipe": plan.recipe.model_dump(mode="json"),
         "seed": plan.recipe.seed,
         "healed_tokens": 0,
     }
+
+
+def _shared_layers(plan: Plan) -> dict[str, list[int]]:
+    """Which layers share K and V, and how many heads each of them has; the weights may hold a head several times."""
+    assert plan.layer_heads is not None
+    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
+    return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}
 
 
 def _measure(folder: Path, teacher: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Report:

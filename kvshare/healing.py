@@ -32,9 +32,10 @@ from kvshare.checkpoint import (
 )
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.errors import KVShareError, UsageError
-from kvshare.families import family_of
+from kvshare.families import Family, family_of
 from kvshare.layout import tied
 from kvshare.loading import load, load_native
+from kvshare.merge import repeat_heads
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
@@ -177,8 +178,11 @@ def heal_into(
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     # a base model's checkpoint lacks the first part of each name
     bare = f"{student.base_model_prefix}."
-    changed = tied(changed, family_of(student.config.model_type))
-    changed = {name if name in specs else name.removeprefix(bare): value for name, value in changed.items()}
+    family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
+    if family.kv_heads is not None:
+        for name in [name for name in changed if f".{family.k}." in name]:
+            changed[name] = repeat_heads(changed[name], int(config["head_dim"]), int(config[family.kv_heads]))
+    changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family).items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
         if spec.name in changed:
@@ -186,7 +190,6 @@ def heal_into(
         else:
             writer.copy(spec, checkpoint)
     writer.finish()
-    config = read_json(checkpoint / "config.json")
     block = read_block(checkpoint)
     config["kvshare"] = {
         **block,
@@ -233,7 +236,7 @@ def train(
         lora_alpha=2 * settings.lora_rank,
         lora_dropout=0.0,
         target_modules=list(_targets(student, settings, family.k)),
-        modules_to_save=[family.k],
+        modules_to_save=_shared_projections(student, family),
         fan_in_fan_out=family.transposed,
         task_type="CAUSAL_LM",
     )
@@ -290,6 +293,12 @@ def _optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: f
     others = [value for name, value in trainable if f".{shared_name}." not in name]
     groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def _shared_projections(student: Any, family: Family) -> list[str] | None:
+    """The names of the projections that K and V share; in untouched layers the module of that name makes keys alone."""
+    shared = {family.weight(layer, "k").removesuffix(".weight") for layer in student.config.kvshare["layers"]}
+    return [name for name, _ in student.named_modules() if name in shared] or None
 
 
 def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str, ...]:

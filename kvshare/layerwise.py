@@ -10,7 +10,7 @@ converted model's, which is what each layer will see (method.md, section 2, outp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,15 @@ from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
+from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, merge_svd, search_grouping, solve_layer
 from kvshare.moments import MomentSums, Weighting
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
+
+ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
 
 def merge_layers(
     model: Any, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[tuple[AttentionWeights, LayerReport]]:
+) -> Iterator[tuple[AttentionWeights | None, LayerReport | None]]:
     """Merge all layers in order, each behind the converted layers before it.
 
     Args:
@@ -94,8 +97,9 @@ def merge_layers(
         device: where one layer at a time is computed, in float32.
 
     Yields:
-        the weights of each layer, rounded to `stored`, and the report of the merge.
+        the weights of each layer, rounded to `stored`, and the report of the merge; None and None for an untouched layer.
     """
+    assert plan.layer_heads is not None
     family, recipe = plan.family, plan.recipe
     layers = getattr(model.get_decoder(), family.stack)
     source_hidden, calls = first_inputs(model, layers, rows, device)
@@ -103,21 +107,68 @@ def merge_layers(
     for index, (original, call) in enumerate(zip(layers, calls, strict=True)):
         progress("merging layers", index, len(layers))
         layer = copy.deepcopy(original).to(device, torch.float32).eval()
-        wanted, source_next = _source_pass(layer, family, source_hidden, call, device)
+        kv_heads = plan.layer_heads[index]
+        if kv_heads is None:
+            source_hidden, hidden = (passed(layer, states, call, device) for states in (source_hidden, hidden))
+            yield None, None
+            continue
+        wanted, source_next = source_pass(layer, family, source_hidden, call, device)
         stream = hidden if recipe.merge.sequential else source_hidden
         if recipe.merge.sequential:
             wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
         view = _View(layer, family, call, stream, wanted, device)
-        weights, report = _merge_layer(view, plan.head_dim, plan.kv_heads, recipe, index, progress)
+        weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
         weights = weights.to(stored)
         merged = with_weights(layer, family, weights)
-        hidden = torch.cat([run_layer(merged, batch.to(device), call).cpu() for batch in batches(hidden)])
+        hidden = passed(merged, hidden, call, device)
         source_hidden = source_next
         yield weights, report
     progress("merging layers", len(layers), len(layers))
 
 
-def _source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
+def merge_alone(
+    layer: nn.Module,
+    plan: Plan,
+    call: LayerCall,
+    hidden: Tensor,
+    wanted: Tensor,
+    options: Sequence[int],
+    device: torch.device,
+) -> Iterator[tuple[nn.Module, float]]:
+    """Merge one layer of the source in each of several ways, by the closed form, on the source's own hidden states.
+
+    Args:
+        layer: the source's decoder layer on `device`, float32.
+        plan: of the conversion.
+        call: how the layer is called.
+        hidden: what enters the layer (rows, length, hidden).
+        wanted: what its attention gives there (rows, length, hidden).
+        options: the numbers of KV heads to try.
+        device: where to compute.
+
+    Yields:
+        per option the layer with merged weights in native form, and the squared error of its attention output per token that
+        the singular values dropped predict, keys and values weighted as they count to first order.
+    """
+    view = _View(layer, plan.family, call, hidden, wanted, device)
+    attention, settings = attention_of(layer, plan.family), plan.recipe.merge
+    weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, call))
+    for kv_heads in options:
+        grouping = _grouping(view, weights, kv_heads, settings)
+        moments = _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting)
+        solutions = solve_layer(weights, moments, iterations=ALONE_ITERATIONS)
+        _, predicted = merge_svd(weights, moments.grouping, solutions)
+        merged, _, _ = _closed_form(view, weights, moments, settings, solutions, ALONE_ITERATIONS)
+        merged, _ = _refitted(view, merged, settings)
+        yield with_weights(layer, plan.family, merged), predicted.loss
+
+
+def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:
+    """The hidden states behind a layer, (rows, length, hidden) in and out, on the CPU; computed on `device` batch by batch."""
+    return torch.cat([run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)])
+
+
+def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
     """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
     outputs: list[Tensor] = []
 
@@ -180,14 +231,18 @@ def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighti
 
 
 def _closed_form(
-    view: _View, weights: AttentionWeights, moments: Moments, settings: Merge
+    view: _View,
+    weights: AttentionWeights,
+    moments: Moments,
+    settings: Merge,
+    solutions: Sequence[GroupSolution] | None = None,
+    iterations: int | None = None,
 ) -> tuple[AttentionWeights, MergeReport, float]:
     """The closed form at the balance of least output error on part of the calibration text."""
     share = _share(view.hidden)
     best: tuple[float, AttentionWeights, MergeReport, float] | None = None
-    solutions = None
     for balance in settings.balance:
-        solutions = solve_layer(weights, moments, balance, solutions, settings.joint)
+        solutions = solve_layer(weights, moments, balance, solutions, iterations, settings.joint)
         merged, report = merge_svd(weights, moments.grouping, solutions)
         if len(settings.balance) == 1:
             return merged, report, balance

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, form_reasons, head_units, resolve_heads, stored_heads
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import PARTS, Family, Part, family_of
 from kvshare.hub import describe
@@ -45,7 +46,9 @@ class Plan:
     """Everything a conversion will do.
 
     `config` is the output's config.json without the kvshare block; cache figures are bytes per token and sequence in the
-    source's dtype; `reasons` says why each automatic choice was made.
+    source's dtype; `reasons` says why each automatic choice was made. `kv_heads` are those that the config names and the
+    weights are stored with; `layer_heads` those that each layer has. While a cache budget's choice is open it is None, and
+    tensors and cache figures are the most that any choice needs.
     """
 
     source: Source
@@ -55,6 +58,7 @@ class Plan:
     layers: int
     source_kv_heads: int
     kv_heads: int
+    layer_heads: LayerHeads | None
     head_dim: int
     tensors: tuple[TensorPlan, ...]
     source_cache_bytes_per_token: int
@@ -138,6 +142,8 @@ class Plan:
             "layers": self.layers,
             "source_kv_heads": self.source_kv_heads,
             "kv_heads": self.kv_heads,
+            "layer_heads": None if self.layer_heads is None else [heads or UNTOUCHED for heads in self.layer_heads],
+            "cache_budget": self.recipe.cache_budget,
             "head_dim": self.head_dim,
             "source_cache_bytes_per_token": self.source_cache_bytes_per_token,
             "cache_bytes_per_token": self.cache_bytes_per_token,
@@ -174,6 +180,7 @@ def plan(
     *,
     init: str | None = None,
     kv_heads: int | str | None = None,
+    cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
 ) -> Plan:
     """What a conversion of `model` would do, from its config and its tensor headers alone.
@@ -182,22 +189,28 @@ def plan(
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
         init: `mean`, `svd`, `learned` or `exact`; None as the recipe says.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`; None as the recipe says.
+        cache_budget: the most of the source's cache to keep, in place of `kv_heads`; None as the recipe says.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`; None for the default.
 
     Raises:
         UsageError, UnsupportedModelError, BadCheckpointError: see the modules `recipe`, `families` and `source`.
     """
-    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads))
+    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads, cache_budget=cache_budget))
 
 
-def make_plan(source: Source, recipe: Recipe) -> Plan:
+def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) -> Plan:
     """Lay a recipe over a source.
+
+    Args:
+        source: the model's config and headers.
+        recipe: the settings.
+        chosen: what a cache budget's search chose for each layer; None before it, and without a budget.
 
     Raises:
         UnsupportedModelError: an unknown `model_type`, quantised weights, a checkpoint that is converted already, or init
             `exact` where W_K is not square.
         BadCheckpointError: tensors that are missing or do not have the shape that the config gives them.
-        UsageError: `kv_heads` does not divide the source's, or init `exact` is to merge heads.
+        UsageError: `kv_heads` does not divide the source's, no choice meets `cache_budget`, or init `exact` is to merge heads.
     """
     config = source.config
     if "kvshare" in config:
@@ -230,10 +243,15 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         )
     layers, query_heads, source_heads, head_dim, hidden = _geometry(source, family)
     reasons: list[str] = []
-    heads = _resolve_heads(recipe.kv_heads, source_heads, query_heads, reasons)
-    if family.kv_heads is None and heads != source_heads:
+    if recipe.cache_budget is None:
+        chosen = (resolve_heads(recipe.kv_heads, source_heads, reasons),) * layers
+    # a head of K or V is one unit of cache
+    units = budget_units(recipe.cache_budget or 1.0, layers, source_heads) if chosen is None else head_units(chosen, source_heads)
+    heads = source_heads if chosen is None else stored_heads(chosen, source_heads)
+    if family.kv_heads is None and (heads != source_heads or recipe.cache_budget is not None):
+        wanted = f"{heads} KV heads" if recipe.cache_budget is None else "a cache budget"
         raise UsageError(
-            f"{source.name} cannot have {heads} KV heads",
+            f"{source.name} cannot have {wanted}",
             f"a {family.model_type} model has no number of KV heads in its config: each query head has its own",
             "take kv_heads all: K and V become one projection, which is half the cache",
         )
@@ -250,10 +268,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     }
     merged: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
+        untouched = chosen is not None and chosen[layer] is None
         for part in PARTS:
             expected = shapes[part]
             _require(source, family.weight(layer, part), family.stored_shape(part, shapes))
-            changes = recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
+            changes = not untouched and recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
             rows = heads * head_dim if part in "kv" else expected[0]
             after = shapes | {part: (rows, expected[1])}
             if changes:
@@ -262,7 +281,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             if bias in source.tensors and part != "o" and changes:
                 _require(source, bias, family.stored_shape(part, shapes, bias=True))
                 merged[bias] = family.stored_shape(part, after, bias=True)
-        if recipe.init == "learned":  # which trains the norms, too
+        if recipe.init == "learned" and not untouched:  # which trains the norms, too
             norms = [family.tensor(layer, f"{norm}.weight") for norm in (family.query_norm, family.key_norm)]
             merged |= {name: source.tensors[name].shape for name in norms if name in source.tensors}
     tensors = tuple(
@@ -270,14 +289,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         for spec in sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))
     )
     key = source.tensors[family.weight(0, "k")]
-    per_head = layers * head_dim * ITEM_BYTES[key.dtype]
+    per_head = head_dim * ITEM_BYTES[key.dtype]
     output_config = copy.deepcopy(config) | ({family.kv_heads: heads, "head_dim": head_dim} if family.kv_heads else {})
     output_config.pop("auto_map", None)
     if recipe.init != "exact":
-        reasons.append(
-            f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "
-            f"instead of two of {source_heads}"
-        )
+        reasons.extend(form_reasons(recipe.cache_budget, chosen, layers, source_heads, heads))
     if recipe.init == "mean":
         reasons.append("init mean is the naive baseline; svd costs one pass over a little text and loses far less")
     plan = Plan(
@@ -288,10 +304,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         layers,
         source_heads,
         heads,
+        chosen,
         head_dim,
         tensors,
-        2 * source_heads * per_head,
-        heads * per_head,
+        2 * source_heads * layers * per_head,
+        units * per_head,
         tuple(reasons),
     )
     return replace(plan, reasons=(*reasons, *_exact_reasons(plan))) if recipe.init == "exact" else plan
@@ -349,28 +366,6 @@ def _geometry(source: Source, family: Family) -> tuple[int, int, int, int, int]:
             "download the model again",
         )
     return layers, query_heads, kv_heads, head_dim, hidden
-
-
-def _resolve_heads(wanted: int | str, source_heads: int, query_heads: int, reasons: list[str]) -> int:
-    if wanted == "all":
-        return source_heads
-    if isinstance(wanted, str):
-        divisor = int(wanted.partition("/")[2])
-        if divisor > source_heads:
-            reasons.append(f"kv_heads {wanted} of {source_heads} heads is less than one head: 1 is taken")
-            return 1
-        heads, rest = divmod(source_heads, divisor)
-        reasons.append(f"kv_heads {wanted} of {source_heads} heads is {heads}")
-        if not rest:
-            return heads
-    elif source_heads % wanted == 0:
-        return wanted
-    fitting = [str(n) for n in range(1, source_heads + 1) if source_heads % n == 0]
-    raise UsageError(
-        f"{wanted} KV heads cannot be made of {source_heads}",
-        "every output head takes in the same number of source heads",
-        f"choose one of: {', '.join(fitting)}",
-    )
 
 
 def _require(source: Source, name: str, shape: tuple[int, ...]) -> None:

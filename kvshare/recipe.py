@@ -35,6 +35,7 @@ def _kv_heads(value: int | str) -> int | str:
 
 KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
 Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -113,6 +114,9 @@ class Recipe(_Settings):
     init: Literal["mean", "svd", "learned", "exact"] = "svd"
     kv_heads: KVHeads = "all"
     """KV heads of the output: a number, a fraction of the source's (`1/4`) or `all` (as many as the source has)."""
+    cache_budget: Fraction | None = None
+    """The most of the source's cache that may be kept, such as 0.3; layers then keep K and V apart, share them, or share fewer
+    heads, as they bear it (svd and learned). None: every layer shares `kv_heads` heads."""
     seed: Annotated[int, Field(ge=0)] = 0
     calibration: Calibration = Calibration()
     merge: Merge = Merge.model_validate({})
@@ -151,7 +155,8 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
             None means "as the recipe says".
 
     Raises:
-        UsageError: unreadable YAML, an unknown key (with the closest known one) or a value out of range.
+        UsageError: unreadable YAML, an unknown key (with the closest known one), a value out of range, or values that
+            contradict each other.
     """
     if isinstance(recipe, Recipe):
         origin, values = "the recipe", recipe.model_dump()
@@ -165,9 +170,33 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
         if isinstance(target, dict):
             target[key] = value
     try:
-        return Recipe.model_validate(values)
+        settings = Recipe.model_validate(values)
     except ValidationError as error:
         raise _explain(error, origin) from None
+    _check_budget(settings, origin)
+    return settings
+
+
+def _check_budget(recipe: Recipe, origin: str) -> None:
+    """Refuse a budget beside settings that leave it no choice.
+
+    Raises:
+        UsageError: `cache_budget` together with `kv_heads`, or with an init that takes no calibration.
+    """
+    if recipe.cache_budget is None:
+        return
+    if recipe.kv_heads != "all":
+        raise UsageError(
+            f"{origin} has both cache_budget = {recipe.cache_budget} and kv_heads = {recipe.kv_heads}",
+            "a budget chooses the KV heads of every layer itself",
+            "leave one of them out; kv_heads 'all' leaves the choice to the budget",
+        )
+    if recipe.init == "mean":
+        raise UsageError(
+            f"{origin} has cache_budget = {recipe.cache_budget} with init mean",
+            "the choice rests on what layers do on calibration text, which mean does without",
+            "use init svd or learned",
+        )
 
 
 def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:

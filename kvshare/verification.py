@@ -15,6 +15,7 @@ import torch
 from kvshare.checkpoint import FORMAT_VERSION, MANIFEST, sha256
 from kvshare.errors import BadCheckpointError
 from kvshare.families import family_of
+from kvshare.repeats import check_repeats, repeats_of
 from kvshare.source import TensorSpec, read_json, read_tensor_specs, weight_files
 
 FORMS = ("shared", "exact")  # how the runtime makes keys and values of what is cached
@@ -58,16 +59,17 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
 
 
 def verify_form(checkpoint: Path) -> int:
-    """Check that the weights of K and V of every layer are equal bit for bit (form `shared`) or square (`exact`); returns how many.
+    """Check that the weights of K and V of every layer are equal bit for bit (form `shared`) or square (`exact`), and that a
+    layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
 
     Raises:
-        BadCheckpointError: they do not fit, or one is missing.
+        BadCheckpointError: they do not fit, one is missing, or heads are not repeated as the kvshare block says.
     """
     block, config = read_block(checkpoint), read_json(checkpoint / "config.json")
     hidden = config.get("hidden_size")
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     family = family_of(str(config.get("model_type", ""))).located(specs)
-    for layer in block["layers"]:
+    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config), strict=True):
         pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
         if None in pair:
             missing = family.weight(layer, "k" if pair[0] is None else "v")
@@ -91,6 +93,9 @@ def verify_form(checkpoint: Path) -> int:
                 "the shared cache would compute another function than the stored weights",
                 "convert the model again; train shared models through kvshare only",
             )
+        for name in (family.weight(layer, "k"), family.bias(layer, "k"), family.bias(layer, "v")):
+            if name in specs and repeat > 1:
+                check_repeats(name, _bytes(checkpoint, specs[name]), repeat, config["num_key_value_heads"])
     return len(block["layers"])
 
 

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,10 @@ import torch
 import transformers
 
 import kvshare
+from kvshare.budget import LayerHeads, head_units
+from kvshare.planning import Plan
+from kvshare.recipe import Recipe
+from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
@@ -73,6 +78,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
     "smollm3-bias": ("smollm3", {"no_rope_layers": [0, 1], "attention_bias": True, "pad_token_id": None}),
     "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 8, "n_positions": 512}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
 }
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
@@ -130,6 +136,51 @@ def converted_folder(
             )
             made[settings] = output
         return made[settings]
+
+    return get
+
+
+def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: str, **settings: Any) -> None:
+    """Convert with a cache budget that chooses these heads per layer, None for an untouched one, without measuring anything."""
+
+    def choose(_model: Any, plan: Plan, *_: Any) -> Sensitivity:
+        units = head_units(chosen, plan.source_kv_heads)
+        layers = tuple((Damage(heads, head_units((heads,), plan.source_kv_heads), 0.0, 0.0),) for heads in chosen)
+        return Sensitivity(layers, chosen, units, units, Agreement(math.nan, math.nan, math.nan), 0)
+
+    text = {"calibration": text_file, "calibration_tokens": 4096, "eval_data": text_file, "eval_tokens": 2048}
+    recipe = Recipe.model_validate({"merge": {"balance": [1.0]}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvshare.conversion.measure_sensitivity", choose)
+        kvshare.convert(source, output, recipe=recipe, cache_budget=1.0, **{"heal": False, **text, **settings})
+
+
+def mixed_layers(key: str, source_heads: int) -> LayerHeads:
+    """Layers of all forms: untouched, shared, shared with fewer heads."""
+    if key == "tiny":
+        return (2, None, 8, 4, None, 1)
+    return (None, source_heads, max(1, source_heads // 2), 1)
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> Callable[[str], Path]:
+    """A converted checkpoint of `mixed_layers` by its key in SOURCES, made once."""
+    made: dict[str, Path] = {}
+
+    def get(key: str) -> Path:
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"{key}-mixed")
+            source = TINY_FOLDER
+            if key != "tiny":
+                model_type, fields = SOURCES[key]
+                more = {"num_hidden_layers": 4}
+                if "no_rope_layers" in fields:
+                    more["no_rope_layers"] = 2 * fields["no_rope_layers"]
+                source = random_model(folder / "source", model_type, **fields | more)
+            heads = json.loads((source / "config.json").read_text())["num_key_value_heads"]
+            convert_layers(source, folder / "out", mixed_layers(key, heads), text_file)
+            made[key] = folder / "out"
+        return made[key]
 
     return get
 

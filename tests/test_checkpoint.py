@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,35 @@ def test_the_tie_of_a_fused_tensor_is_that_of_its_parts(
         return
     with pytest.raises(BadCheckpointError, match="layer 1 differ"):
         kvshare.load(folder)
+
+
+@pytest.mark.parametrize("parts", [("k_proj.weight", "v_proj.weight"), ("k_proj.bias",), ("v_proj.bias",)], ids=str)
+def test_a_broken_repeat_is_refused(mixed_folder: Callable[[str], Path], tmp_path: Path, parts: tuple[str, ...]) -> None:
+    folder = Path(shutil.copytree(mixed_folder("qwen2"), tmp_path / "checkpoint"))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for part in parts:  # one of two heads that should be equal, the same way in K and V
+            tensors[f"model.layers.2.self_attn.{part}"][-1] += 1
+
+    verify_form(folder)
+    change_weights(folder, change)
+    for check in (verify_form, kvshare.load):
+        with pytest.raises(BadCheckpointError, match=rf"layers\.2\.self_attn\.{re.escape(parts[0])} does not hold .* 2 times"):
+            check(folder)
+
+
+@pytest.mark.parametrize("heads", [[2, 1], [2, 1, 3], [2, 1, 0], "2", [2, 1, "1"]], ids=str)
+def test_heads_that_do_not_fit_are_refused(mixed_folder: Callable[[str], Path], tmp_path: Path, heads: Any) -> None:
+    folder = Path(shutil.copytree(mixed_folder("qwen2"), tmp_path / "checkpoint"))
+    edit_json(folder / "config.json", lambda config: config["kvshare"].update(kv_heads=heads))
+    with pytest.raises(BadCheckpointError, match="kv_heads"):
+        kvshare.load(folder)
+
+
+def test_a_block_without_heads_repeats_none(checkpoint: Path) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config["kvshare"].pop("kv_heads"))
+    assert verify_form(checkpoint) == 6
+    assert kvshare.load(checkpoint).model.layers[0].self_attn.k_proj.weight.shape[0] == 128
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.v_proj.weight", "model.layers.2.mlp.up_proj.weight"])

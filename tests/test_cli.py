@@ -120,6 +120,7 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
     assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
     assert values.keys() == {
         *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
+        *("layer_heads", "cache_budget"),
         *("source_cache_bytes_per_token", "cache_bytes_per_token", "cache_reduction", "tensors_copied", "tensors_merged"),
         *("bytes_read", "bytes_written", "disk_bytes", "memory_bytes", "heals", "heal_tokens", "tensors"),
         *("decode_multiply_adds_per_cached_token", "decode_overhead", "map_bytes"),
@@ -133,6 +134,34 @@ def test_plan_prints_a_table_for_people(run: Callable[..., Outcome]) -> None:
     assert result.code == 0
     for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8"):
         assert text in result.out
+
+
+def test_plan_of_a_budget_shows_its_bounds(run: Callable[..., Outcome]) -> None:
+    result = run("plan", "kvshare/tiny", "--cache-budget", "0.3")
+    assert result.code == 0
+    for text in ("by layer", "at most 896 B", "at least 70.83%", "per-layer head counts are not native"):
+        assert text in result.out
+    values = json.loads(run("plan", "kvshare/tiny", "--cache-budget", "0.3", "--json").out)
+    assert values == kvshare.plan("kvshare/tiny", cache_budget=0.3).to_dict()
+    assert (values["layer_heads"], values["cache_budget"]) == (None, 0.3)
+
+
+def test_convert_meets_a_budget_and_shows_the_choice(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "1024")
+    result = run("convert", source_folder("llama-gqa"), "-o", tmp_path / "out", "--no-heal", "--cache-budget", "0.4", *text)
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = report["sensitivity"]
+    assert found["units"] <= found["budget_units"] == 6  # of 2 layers with 8 heads of K and V
+    assert report["cache_bytes_per_token"] == found["units"] * 8 * 4
+    assert f"{found['units']} of 6 heads of K and V" in result.out
+    assert f"rank correlation of predicted and measured damage: {found['agreement']['spearman']:.2f}" in result.out
+    for layer in found["layers"]:
+        assert re.search(rf"^│ {layer['layer']} +│ +{layer['chosen']} │", result.out, re.MULTILINE)
+    assert "measuring sensitivity" in result.err
+    assert run("verify", tmp_path / "out").code == 0
 
 
 def test_convert_prints_json_alone(converted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -256,6 +285,8 @@ def broken(kind: str, folder: Path, source: Path) -> Path:
         ("family", [], 3, "'gpt5'"),
         ("shard", [], 4, "safetensors is missing"),
         ("heads", ["--kv-heads", "3"], 2, "choose one of: 1, 2, 4"),
+        ("budget", ["--cache-budget", "0.1"], 2, "give at least 0.125"),
+        ("budget", ["--cache-budget", "0.5", "--kv-heads", "2"], 2, "both cache_budget = 0.5 and kv_heads = 2"),
         ("init", ["--init", "best"], 2, "init = 'best'"),
         ("square", ["--init", "exact"], 3, "4 x 8 = 32"),
         ("exact", ["--init", "exact", "--heal"], 2, "leave --heal out"),

@@ -54,6 +54,22 @@ def test_the_tie_holds_and_embeddings_stay(
     kvshare.load(tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", ["tiny", "qwen2"])
+def test_layers_of_all_forms_keep_theirs(mixed_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str) -> None:
+    folder = mixed_folder(key)
+    source = "kvshare/tiny" if key == "tiny" else folder.parent / "source"
+    kvshare.heal(folder, tmp_path / "out", source, text_file, tokens=4_096, recipe=short_recipe(tmp_path))
+    kvshare.verify(tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["kvshare"]
+    assert block["kv_heads"] == json.loads((folder / "config.json").read_text())["kvshare"]["kv_heads"]
+    for layer in range(4):
+        names = [name for name in before if any(f"layers.{layer}.self_attn.{part}_proj.weight" in name for part in "kv")]
+        assert [torch.equal(before[name], after[name]) for name in names] == [layer not in block["layers"]] * 2
+        assert not torch.equal(*(tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] for tensors in (before, after)))
+
+
 def test_resume_continues_to_the_same_weights(
     converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -542,6 +542,16 @@ def test_the_balance_moves_the_error_between_keys_and_values() -> None:
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeated_heads_are_the_same_function(kind: str) -> None:
+    layer = random_layer(5, 2, 4, kind)
+    repeated = layer.repeated(8)
+    assert (repeated.kv_heads, repeated.query_heads) == (8, 8)
+    assert_same_function(repeated, layer, 1e-12)
+    assert layer.repeated(2).tensors.keys() == layer.tensors.keys()
+    assert all(torch.equal(value, layer.tensors[name]) for name, value in layer.repeated(2).tensors.items())
+
+
 def test_mean_merge_is_the_plain_average() -> None:
     layer = random_layer(50, kind="biases")
     merged = merge_mean(layer, 2)

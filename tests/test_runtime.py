@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ import pytest
 import torch
 import transformers
 from conftest import SOURCES, SQUARE, TEXT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kvshare
-from kvshare.evaluation import cached_numbers
+from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.verification import verify_form
 
-# the source and the init of each form that is held against its native one
-FORMS = {key: (key, "svd") for key in ("tiny", *SOURCES)} | {
-    f"exact {key}": (key, "exact") for key in ("tiny", "llama-mha", *SQUARE)
-}
-EXACT = [form for form, (_, init) in FORMS.items() if init == "exact"]
+# the source, the init and the heads by layer of each form that is held against its native one; `mixed`: layers of all forms
+FORMS = {key: (key, "svd", "all") for key in ("tiny", *SOURCES)}
+FORMS |= {f"mixed {key}": (key, "svd", "mixed") for key in FORMS if key != "gpt2"}
+FORMS |= {f"exact {key}": (key, "exact", "all") for key in ("tiny", "llama-mha", *SQUARE)}
+EXACT = [form for form, (_, init, _) in FORMS.items() if init == "exact"]
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 50},
@@ -35,12 +36,22 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def pair(converted_folder: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+def folder_of(converted_folder: Callable[..., Path], mixed_folder: Callable[[str], Path]) -> Callable[..., Path]:
+    """A converted checkpoint by its form; another number of heads for every layer may be given."""
+
+    def get(form: str, kv_heads: int | None = None) -> Path:
+        key, init, heads = FORMS[form]
+        return mixed_folder(key) if heads == "mixed" else converted_folder(key, kv_heads or heads, init)
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pair(folder_of: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
     """The native and the shared or exact form of a converted model, float32."""
 
-    def get(form: str, kv_heads: int | str = "all") -> tuple[Any, Any]:
-        key, init = FORMS[form]
-        folder = converted_folder(key, kv_heads, init)
+    def get(form: str, kv_heads: int | None = None) -> tuple[Any, Any]:
+        folder = folder_of(form, kv_heads)
         native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return native, kvshare.load(folder, dtype=torch.float32)
 
@@ -58,6 +69,18 @@ def prompt(texts: list[str], padding_side: str = "left") -> dict[str, torch.Tens
     return dict(tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False))
 
 
+def numbers_of_layers(cache: Any) -> list[int]:
+    """How many numbers a cache holds per layer."""
+    return [layer.keys.numel() + layer.values.numel() for layer in cache.layers]
+
+
+def parts_kept(config: Any) -> list[Fraction]:
+    """The part of the native form's cache that the shared form keeps per layer, from what the config says of it."""
+    heads = dict(zip(config.kvshare["layers"], config.kvshare["kv_heads"], strict=True))
+    full = 2 * getattr(config, "num_key_value_heads", config.kvshare["source"]["num_key_value_heads"])
+    return [Fraction(heads.get(layer, full), full) for layer in range(config.num_hidden_layers)]
+
+
 # transformers cannot crop a sliding-window cache, which prompt lookup needs, in the native form either
 PAIRS = [(form, mode) for form in FORMS for mode in MODES if not (form.endswith("window") and mode == "prompt lookup")]
 
@@ -68,7 +91,8 @@ def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], form: str, mo
     inputs = prompt(TEXT[:1])
     expected, got = generate(native, inputs, **MODES[mode]), generate(shared, inputs, **MODES[mode])
     assert torch.equal(expected.sequences, got.sequences)
-    assert cached_numbers(got.past_key_values) * 2 == cached_numbers(expected.past_key_values)
+    full, small = (numbers_of_layers(output.past_key_values) for output in (expected, got))
+    assert small == [count * part for count, part in zip(full, parts_kept(shared.config), strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beam", "static cache"])
@@ -83,9 +107,8 @@ def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], form: str, mo
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", FORMS)
-def test_logits_equal_native(converted_folder: Callable[..., Path], form: str, attention: str) -> None:
-    key, init = FORMS[form]
-    folder = converted_folder(key, init=init)
+def test_logits_equal_native(folder_of: Callable[..., Path], form: str, attention: str) -> None:
+    folder = folder_of(form)
     native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     shared = kvshare.load(folder, dtype=torch.float32, attn_implementation=attention)
     inputs = prompt(TEXT, padding_side="right")
@@ -102,7 +125,7 @@ def test_logits_equal_native(converted_folder: Callable[..., Path], form: str, a
 
 
 @pytest.mark.parametrize("size", [1, 5])
-@pytest.mark.parametrize("form", ["tiny", *EXACT])
+@pytest.mark.parametrize("form", ["tiny", "mixed tiny", *EXACT])
 def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[Any, Any]], form: str, size: int) -> None:
     native, shared = pair(form)
     ids = prompt(TEXT[:1])["input_ids"]
@@ -133,8 +156,45 @@ def test_one_storage_for_the_shared_projection(pair: Callable[..., tuple[Any, An
     assert sum(p.numel() for p in names.values()) < sum(p.numel() for p in native.parameters())
 
 
-def test_save_pretrained_writes_both_names(pair: Callable[..., tuple[Any, Any]], tmp_path: Path) -> None:
-    native, shared = pair("qwen2")
+def test_one_of_every_repeated_head_is_kept_in_memory(pair: Callable[..., tuple[Any, Any]]) -> None:
+    native, shared = pair("mixed qwen2")
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in native.model.layers] == [16, 16, 16, 16]
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in shared.model.layers] == [16, 16, 8, 8]
+    assert [len(layer.self_attn.k_proj.bias) for layer in shared.model.layers] == [16, 16, 8, 8]
+    assert [len(layer.self_attn.v_proj.bias) for layer in shared.model.layers] == [16, 16, 8, 8]
+    assert shared.model.layers[0].self_attn.v_proj.weight.shape[0] == 16  # an untouched layer
+
+
+def same_logits(native: Any, shared: Any) -> None:
+    with torch.no_grad():
+        expected, got = (model(**prompt(TEXT[:1])).logits for model in (native, shared))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("key", ["llama-mha", "qwen2", "qwen3"])
+def test_weights_with_their_repeats_compute_the_same(pair: Callable[..., tuple[Any, Any]], key: str) -> None:
+    native, _ = pair(f"mixed {key}")
+    stored = shared_class(type(native))(native.config).eval()
+    stored.load_state_dict(native.state_dict(), strict=False)
+    weights = [model.model.layers[2].self_attn.k_proj.weight for model in (native, stored)]
+    assert torch.equal(*weights)
+    same_logits(native, stored)
+
+
+def test_weights_on_the_disk_keep_their_repeats(mixed_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    native = AutoModelForCausalLM.from_pretrained(mixed_folder("qwen3"), dtype=torch.float32).eval()
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{layer}": "disk" if layer == 2 else "cpu" for layer in range(4)}
+    offloaded = shared_class(type(native)).from_pretrained(
+        mixed_folder("qwen3"), dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    assert offloaded.model.layers[2].self_attn.k_proj.weight.is_meta
+    same_logits(native, offloaded)
+
+
+@pytest.mark.parametrize("form", ["qwen2", "mixed qwen2"])
+def test_save_pretrained_writes_both_names(pair: Callable[..., tuple[Any, Any]], tmp_path: Path, form: str) -> None:
+    native, shared = pair(form)
     shared.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForCausalLM"]
@@ -192,12 +252,12 @@ print(json.dumps(out))
 """
 
 
-@pytest.mark.parametrize("form", ["qwen2", "gpt2", "exact square-bias"])
-def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path, form: str) -> None:
-    key, init = FORMS[form]
+@pytest.mark.parametrize("form", ["qwen2", "mixed qwen2", "gpt2", "exact square-bias"])
+def test_remote_code_without_kvshare(folder_of: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    folder = folder_of(form)
     ids = prompt(TEXT[:1])["input_ids"][0].tolist()
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(converted_folder(key, init=init)), json.dumps(ids)],
+        [sys.executable, "-c", REMOTE, str(folder), json.dumps(ids)],
         capture_output=True,
         text=True,
         check=True,
@@ -206,6 +266,7 @@ def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_
     )
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["True"]["tokens"] == result["False"]["tokens"]
-    assert result["True"]["cache"] * 2 == result["False"]["cache"]
+    parts = parts_kept(AutoConfig.from_pretrained(folder))
+    assert result["True"]["cache"] == result["False"]["cache"] * sum(parts) / len(parts)
     assert result["True"]["module"].startswith("transformers_modules")
     assert result["False"]["module"].startswith("transformers.models")

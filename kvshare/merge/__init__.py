@@ -66,6 +66,20 @@ class AttentionWeights:
         changes: dict[str, Any] = dict(tensors)
         return replace(self, **changes)
 
+    def repeated(self, kv_heads: int) -> AttentionWeights:
+        """The same function with `kv_heads` KV heads, a multiple of those there are: each stands several times in a row.
+
+        The query heads of one KV head are neighbours, so theirs is still where they look for it.
+        """
+        tensors = {name: value for name, value in self.tensors.items() if name in ("k", "v", "k_bias", "v_bias")}
+        return self.with_tensors({name: repeat_heads(value, self.head_dim, kv_heads) for name, value in tensors.items()})
+
+
+def repeat_heads(rows: Tensor, head_dim: int, kv_heads: int) -> Tensor:
+    """Rows of KV heads (any * head_dim, ...) with each head repeated in a row, so that there are `kv_heads`."""
+    heads = rows.unflatten(0, (-1, head_dim))
+    return heads.repeat_interleave(kv_heads // len(heads), 0).flatten(0, 1)
+
 
 Grouping = tuple[tuple[int, ...], ...]
 

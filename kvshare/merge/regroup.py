@@ -42,6 +42,7 @@ def solve_layer(
     moments: Moments,
     balance: float = 1.0,
     starts: Sequence[GroupSolution] | None = None,
+    iterations: int | None = None,
     joint: bool = True,
 ) -> list[GroupSolution]:
     """Share K and V of a layer and regroup its heads: one solution per output head, all in float64.
@@ -51,6 +52,7 @@ def solve_layer(
         moments: second moments of its activations, for the groups that are wanted.
         balance: a / b, the weight of the key error against the value error; 1 is what both do to the output to first order.
         starts: the solutions at another balance, if there are any; they shorten the search.
+        iterations: the most steps of the search; None for as many as are worth while.
         joint: whether heads are merged and K and V shared in one problem; one after the other is there to be compared with.
     """
     weights = weights.to(torch.float64)
@@ -61,7 +63,7 @@ def solve_layer(
     if not joint:
         return [solve_in_turn(problem) for problem in problems]
     known: Sequence[GroupSolution | None] = starts or [None] * len(problems)
-    return [solve_group(problem, start=start) for problem, start in zip(problems, known, strict=True)]
+    return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
 
 
 def merge_svd(

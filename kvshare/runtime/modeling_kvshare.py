@@ -12,6 +12,9 @@ that the block names,
 
 - `shared`: that very tensor; the weights of k_proj and v_proj are equal.
 - `exact`: W_V W_K^-1 times the cached keys of all heads together; W_K is square and well-conditioned, no weight was changed.
+
+Layers may differ: those that the block does not name stay native, and one with fewer heads than the config says is stored
+with each head repeated, which the native class computes as it is; here one of each is computed, kept and cached.
 """
 
 from __future__ import annotations
@@ -56,6 +59,11 @@ class ValueBias(nn.Module):
     def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()
         self.bias = bias
+
+
+def _unique(x: Tensor, repeat: int) -> Tensor:
+    """One of every `repeat` equal heads: (..., stored heads, head_dim) -> (..., stored heads / repeat, head_dim)."""
+    return x if repeat == 1 else x[..., ::repeat, :]
 
 
 def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
@@ -241,6 +249,10 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
 
+    def bias_of(self: Any, projection: Any) -> Tensor:
+        """(kv heads, 1, head_dim)."""
+        return _unique(projection.bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -258,13 +270,14 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
         shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
-        shared = shared.view(heads).transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
+        shared = _unique(shared.view(heads), self.kvshare_repeat)
+        shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
 
         key = shared
         if self.k_proj.bias is not None:
-            key = key + self.k_proj.bias.view(1, -1, 1, self.head_dim)
+            key = key + bias_of(self, self.k_proj)
         if hasattr(self, "k_norm"):
             key = self.k_norm(key)
         if getattr(self, "use_rope", True):
@@ -272,7 +285,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
         project = self.o_proj if hasattr(self, "o_proj") else self.dense
         if not self.kvshare_exact:
-            value = shared if not hasattr(self, "v_proj") else shared + self.v_proj.bias.view(1, -1, 1, self.head_dim)
+            value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj)
         elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
             value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         elif _averages_first(self, query, attention_mask):
@@ -296,6 +309,21 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             **kwargs,
         )
         return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the weights; what was made of them is made again when it is needed."""
+        self.kvshare_maps = None
+        return native._apply(self, function, *args, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "_apply": apply, "__module__": __name__})
+
+
+@functools.cache
+def _untouched_class(native: type[nn.Module]) -> type[nn.Module]:
+    """An attention class as it is, for layers beside shared ones."""
+
+    def forward(self: Any, *args: Any, key_position_embeddings: dict[str, Rotary] | None = None, **kwargs: Any) -> Any:
+        return native.forward(self, *args, **kwargs)
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -330,12 +358,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
             output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
 
-    def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast the weights; what was made of them is made again when it is needed."""
-        self.kvshare_maps = None
-        return native._apply(self, function, *args, **kwargs)
-
-    return type(native.__name__, (native,), {"forward": forward, "_apply": apply, "__module__": __name__})
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
 
 @functools.cache
@@ -391,9 +414,21 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         native.__init__(self, config, *args, **kwargs)
         _share(self)
 
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; of repeated heads, one is kept in memory."""
+        loaded = native.from_pretrained.__func__(cls, *args, **kwargs)
+        _forget_repeats(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def save_pretrained(self: Any, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """Write the checkpoint as the native class expects it: the shared projection under both names."""
+        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
         state = dict(self.state_dict() if state_dict is None else state_dict)
+        for prefix, attention in _shared_attention(self):
+            rows = self.config.num_key_value_heads * attention.head_dim
+            for name in (f"{prefix}.{tensor}" for tensor in ("k_proj.weight", "k_proj.bias", "v_proj.bias")):
+                if name in state and len(state[name]) < rows:
+                    heads = state[name].unflatten(0, (-1, attention.head_dim))
+                    state[name] = heads.repeat_interleave(rows // len(state[name]), 0).flatten(0, 1)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
         for name in [name for name in state if name.endswith(".c_attn.weight")]:
@@ -403,6 +438,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     members = {
         "__init__": initialise,
+        "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
         "__module__": __name__,
         "__doc__": f"{native.__name__} with one cached tensor per token and layer where K and V are shared.",
@@ -430,7 +466,8 @@ def _share(model: Any) -> None:
         return
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    for layer in block["layers"]:
+    stored = model.config.num_key_value_heads
+    for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
         attention = decoder.layers[layer].self_attn
         attention.kvshare_exact, attention.kvshare_maps = exact, None
         if not exact:
@@ -442,10 +479,39 @@ def _share(model: Any) -> None:
         native: Any = type(attention)
         attention.__class__ = _attention_class(native)
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
+        attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
+    for layer in set(range(len(decoder.layers))) - set(block["layers"]):
+        attention = decoder.layers[layer].self_attn
+        untouched: Any = type(attention)
+        attention.__class__ = _untouched_class(untouched)
     native_decoder: Any = type(decoder)
     decoder.__class__ = _decoder_class(native_decoder)
     decoder.kvshare_kinds = kinds
+
+
+def _shared_attention(model: Any) -> list[tuple[str, Any]]:
+    """The shared attention modules of a model with their names."""
+    return [(name, module) for name, module in model.named_modules() if hasattr(module, "kvshare_repeat")]
+
+
+def _forget_repeats(model: Any) -> None:
+    """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
+    stored = model.config.num_key_value_heads
+    for _, attention in _shared_attention(model):
+        projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
+        held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
+        plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
+        whole = all(len(value) == stored * attention.head_dim for _, _, value in held)
+        if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
+            continue
+        for projection, name, value in held:
+            heads = value.detach().unflatten(0, (-1, attention.kvshare_repeat, attention.head_dim))
+            kept = heads[:, 0].flatten(0, 1).clone()
+            setattr(projection, name, nn.Parameter(kept, requires_grad=value.requires_grad))
+        attention.k_proj.out_features = len(attention.k_proj.weight)
+        attention.kvshare_repeat = 1
 
 
 def __getattr__(name: str) -> Any:

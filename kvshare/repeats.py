@@ -1,0 +1,65 @@
+"""Heads that a checkpoint holds several times, because layers of one native model all have equally many.
+
+In: a checkpoint's config, the bytes of a projection. Out: how often each layer holds each of its heads; refusals.
+Never: reads files, changes weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kvshare.errors import BadCheckpointError
+
+
+def repeats_of(checkpoint: Path, config: dict[str, Any]) -> list[int]:
+    """How often every shared layer holds each of its heads, in the order of the kvshare block's layers.
+
+    Args:
+        checkpoint: what to call it.
+        config: its config.json, with a kvshare block; one without `kv_heads` repeats nothing.
+
+    Raises:
+        BadCheckpointError: `kv_heads` does not fit the layers, or does not divide the heads that the config names.
+    """
+    block = config["kvshare"]
+    layers = block["layers"]
+    if "num_key_value_heads" not in config:  # a family whose query heads have one KV head each
+        return [1] * len(layers)
+    stored = config["num_key_value_heads"]
+    heads = block.get("kv_heads", [stored] * len(layers))
+    if (
+        not isinstance(stored, int)
+        or not isinstance(heads, list)
+        or len(heads) != len(layers)
+        or not all(type(count) is int and count > 0 and stored % count == 0 for count in heads)
+    ):
+        raise BadCheckpointError(
+            f"the kvshare block of {checkpoint} cannot be used",
+            f"its kv_heads {heads!r} do not fit its {len(layers)} layers of {stored!r} stored heads",
+            "convert the model again",
+        )
+    return [stored // count for count in heads]
+
+
+def check_repeats(name: str, rows: bytes, repeat: int, heads: int) -> None:
+    """Check that the `heads` heads of a projection come in runs of `repeat` equal ones.
+
+    Args:
+        name: of the tensor.
+        rows: its bytes; heads are equally long parts of them.
+        repeat: divides `heads`.
+        heads: how many are stored.
+
+    Raises:
+        BadCheckpointError: two heads that should be equal differ.
+    """
+    size = len(rows) // heads
+    parts = [rows[place * size : (place + 1) * size] for place in range(heads)]
+    for place, part in enumerate(parts):
+        if part != parts[place - place % repeat]:
+            raise BadCheckpointError(
+                f"{name} does not hold each of its heads {repeat} times: head {place} differs from the one before it",
+                "the shared cache keeps one of each and would compute another function than the stored weights",
+                "convert the model again; train shared models through kvshare only",
+            )
