@@ -6,6 +6,7 @@ Never: touches other layers, the MLP or norms outside attention; holds more than
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from kvshare.recipe import Fit
 WARMUP = 0.05  # fraction of the steps
 HELD_OUT = 1 / 16  # of the rows are not trained on
 LOOKS = 15  # how often the held-out error is measured
-PATIENCE = 3  # looks without a new best before training stops
+PATIENCE = 5  # looks without a new best of the trained weights before training stops
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def fit_layer(
 
     first = least = held_out_error()
     kept, kept_step, taken = {field: value.detach().clone() for field, value in free.items()}, 0, 0
+    # At its highest the rate may lose more than it wins at first: what must go on falling is the error of trained weights.
+    falling, falling_step = math.inf, 0
     every = max(1, settings.steps // LOOKS)
     for step in range(settings.steps):
         if len(order) < per_step:
@@ -110,7 +113,9 @@ def fit_layer(
             if error < least:
                 least, kept_step = error, taken
                 kept = {field: value.detach().clone() for field, value in free.items()}
-            elif taken - kept_step >= PATIENCE * every:
+            if error < falling:
+                falling, falling_step = error, taken
+            elif taken - falling_step >= PATIENCE * every:
                 break
     progress(settings.steps, settings.steps)
     trained = {field: (value * scales[field]).double() for field, value in kept.items()}
