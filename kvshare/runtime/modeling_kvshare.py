@@ -498,12 +498,12 @@ def _shared_attention(model: Any) -> list[tuple[str, Any]]:
 
 def _forget_repeats(model: Any) -> None:
     """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
-    stored = model.config.num_key_value_heads
     for _, attention in _shared_attention(model):
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
-        whole = all(len(value) == stored * attention.head_dim for _, _, value in held)
+        rows = model.config.num_key_value_heads * attention.head_dim
+        whole = all(len(value) == rows for _, _, value in held)
         if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
             continue
         for projection, name, value in held:
