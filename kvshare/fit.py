@@ -24,6 +24,7 @@ WARMUP = 0.05  # fraction of the steps
 HELD_OUT = 1 / 16  # of the rows are not trained on
 LOOKS = 15  # how often the held-out error is measured
 PATIENCE = 5  # looks without a new best of the trained weights before training stops
+WORSE = 1.25  # times the error of the start: trained weights above that are given up; less is within what few rows can tell
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def fit_layer(
 ) -> tuple[AttentionWeights, FitReport]:
     """Minimise E|y_source - y_shared|^2 / E|y_source|^2 over the projections and the norms of one attention layer.
 
-    The last rows are held out; the weights of the least error on them are kept, the start included, and training stops early
-    when that error no longer falls.
+    The last rows are held out; the trained weights of the least error on them are kept, or the start where that is far better,
+    and training stops early when that error no longer falls.
 
     Args:
         attention: the layer's attention in the output's shape, float32; its own parameters are not changed.
@@ -92,10 +93,10 @@ def fit_layer(
         parts = torch.arange(len(inputs) - held, len(inputs), device=device).split(per_step)
         return sum(float(missed(rows)) * len(rows) for rows in parts) / held
 
-    first = least = held_out_error()
-    kept, kept_step, taken = {field: value.detach().clone() for field, value in free.items()}, 0, 0
+    first = held_out_error()
+    start_kept = {field: value.detach().clone() for field, value in free.items()}
     # At its highest the rate may lose more than it wins at first: what must go on falling is the error of trained weights.
-    falling, falling_step = math.inf, 0
+    kept, least, kept_step, taken = start_kept, math.inf, 0, 0
     every = max(1, settings.steps // LOOKS)
     for step in range(settings.steps):
         if len(order) < per_step:
@@ -113,10 +114,10 @@ def fit_layer(
             if error < least:
                 least, kept_step = error, taken
                 kept = {field: value.detach().clone() for field, value in free.items()}
-            if error < falling:
-                falling, falling_step = error, taken
-            elif taken - falling_step >= PATIENCE * every:
+            elif taken - kept_step >= PATIENCE * every:
                 break
+    if not least <= WORSE * first:
+        kept, least, kept_step = start_kept, first, 0
     progress(settings.steps, settings.steps)
     trained = {field: (value * scales[field]).double() for field, value in kept.items()}
     return weights.with_tensors(trained | {"v": trained["k"]}), FitReport(taken, kept_step, first, least)

@@ -106,8 +106,7 @@ class MomentSums:
             importance = relative if self.weighting == "projections" else torch.ones_like(relative)
             if self.weighting == "projections":
                 scaled = (queries * attending.scaling).double().view(rows, w.kv_heads, served, tokens, w.head_dim)
-                mean_relative = relative.double().mean((0, 2))[:, None, None]
-                self.metric += torch.einsum("rhqtc,rhqtd->hcd", scaled, scaled) * mean_relative
+                self.metric += torch.einsum("rhqtc,rhqtd->hcd", scaled, scaled)
             self.sampled += rows * tokens
             self._add_plain_values(bare)
         self.weight += importance.double().sum((0, 2))
@@ -192,6 +191,8 @@ class MomentSums:
         """The moments of all batches so far."""
         w = self.weights
         metric = self.metric / self.sampled
+        if self.weighting == "projections":
+            metric = metric * (self.weight / self.tokens)[:, None, None]  # what norms make of errors in keys
         averaged = 1.0 if self.weighting == "projections" else ROPE_AVERAGE
         metric = (1 - averaged) * metric + averaged * _turned(metric, w.rotated)
         if w.key_norm is not None:

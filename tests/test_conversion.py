@@ -19,7 +19,7 @@ import kvshare
 from kvshare.checkpoint import sha256, work_folder
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
-from kvshare.fit import fit_layer
+from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, tied, unpack
 from kvshare.merge import AttentionWeights
 from kvshare.recipe import Recipe
@@ -79,9 +79,10 @@ def test_what_was_learned_is_what_is_written(
 ) -> None:
     learned: list[AttentionWeights] = []
 
-    def watched(*arguments: Any) -> AttentionWeights:
-        learned.append(fit_layer(*arguments))
-        return learned[-1]
+    def watched(*arguments: Any) -> tuple[AttentionWeights, FitReport]:
+        weights, report = fit_layer(*arguments)
+        learned.append(weights)
+        return weights, report
 
     monkeypatch.setattr("kvshare.layerwise.fit_layer", watched)
     recipe = Recipe.model_validate(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvshare
-from kvshare import checkpoint as checkpoints
+from kvshare import verification
 from kvshare.errors import BadCheckpointError, KVShareError, UnsupportedModelError, UsageError
 from kvshare.exact import check_layer, through_cache
 from kvshare.runtime import modeling_kvshare as runtime
@@ -359,4 +359,4 @@ def test_a_form_that_does_not_fit_is_found(converted_folder: Callable[..., Path]
     config = transformers.AutoConfig.from_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="the form 'both'"):
         runtime.shared_class(transformers.LlamaForCausalLM)(config)
-    assert checkpoints.FORMS == runtime.FORMS
+    assert verification.FORMS == runtime.FORMS
