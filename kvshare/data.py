@@ -25,6 +25,7 @@ SELF = "self"
 SEPARATOR = "<|endoftext|>"
 SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
+LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 ENDINGS = (".txt", ".jsonl", ".parquet")
 FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 
@@ -228,6 +229,11 @@ def _cache_bytes(config: PreTrainedConfig) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * 4 * int(config.num_hidden_layers) * int(heads) * int(width)
+
+
+def rows_per_forward(length: int, vocabulary: int) -> int:
+    """How many rows of `length` tokens may pass through a model at a time, at least one, so that logits keep to `LOGIT_BYTES`."""
+    return max(1, LOGIT_BYTES // (length * vocabulary * 4 * 4))
 
 
 def load_rows(

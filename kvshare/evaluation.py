@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvshare.checkpoint import DTYPES
-from kvshare.data import check_data, load_rows, load_tokenizer
+from kvshare.data import check_data, load_rows, load_tokenizer, rows_per_forward
 from kvshare.errors import UsageError
 from kvshare.exact import through_cache
 from kvshare.loading import load, load_native
@@ -25,7 +25,6 @@ from kvshare.recipe import Evaluation, load_recipe
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
 from kvshare.verification import read_block
 
-LOGIT_BYTES = 1 << 30
 PROMPT_TOKENS, GENERATED_TOKENS = 16, 48  # of the sequence whose cache is measured
 SELF_SEED = 1_000_003  # text that the source writes for evaluation is not the text it writes for training
 
@@ -164,7 +163,7 @@ def compare(
     """
     run = forward or (lambda ids: model(input_ids=ids, use_cache=False).logits)
     device = next(model.parameters()).device
-    per_batch = max(1, LOGIT_BYTES // (rows.shape[1] * int(model.config.vocab_size) * 4 * 4))
+    per_batch = rows_per_forward(rows.shape[1], int(model.config.vocab_size))
     figures = []
     for done, batch in enumerate(rows.split(per_batch)):
         progress("measuring", done * per_batch, len(rows))

@@ -30,7 +30,7 @@ from kvshare.checkpoint import (
     workspace,
     write_json,
 )
-from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer, rows_per_forward
 from kvshare.errors import KVShareError, UsageError
 from kvshare.families import Family, family_of
 from kvshare.layout import tied
@@ -41,7 +41,6 @@ from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.verification import read_block, verify
 
-LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 BASE_RATE, BASE_HIDDEN = 2e-3, 128
 FINGERPRINT = "job.json"
 
@@ -318,7 +317,7 @@ def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str,
 def batch_rows(settings: Heal, length: int, vocabulary: int, rows: int) -> tuple[int, int]:
     """Rows per optimizer step and rows per forward: as many as keep the logits within a GiB, in equal parts."""
     batch = max(1, min(rows, settings.batch_tokens // length))
-    fits = max(1, LOGIT_BYTES // (length * vocabulary * 4 * 4))
+    fits = rows_per_forward(length, vocabulary)
     return batch, next(micro for micro in range(min(batch, fits), 0, -1) if batch % micro == 0)
 
 

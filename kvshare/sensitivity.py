@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, choose_budget, divisors, head_units
 from kvshare.calibrate import first_inputs
+from kvshare.data import rows_per_forward
 from kvshare.errors import UsageError
 from kvshare.layerwise import merge_alone, passed, source_pass
 from kvshare.planning import Plan
@@ -30,7 +31,6 @@ from kvshare.progress import Progress
 STATISTICS = 0.25  # part of the calibration rows that a layer is merged on: enough to tell layers apart
 HELD_OUT = 0.125  # part of them that damage is measured on
 HELD_OUT_TOKENS = 8_192  # and the most of it
-LOGIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _per_energy(hidden: Tensor) -> float:
 def _divergence(model: Any, given: Tensor, wanted: Tensor, device: torch.device) -> float:
     """Mean KL in nats per token between the predictions from two last hidden states (rows, length, hidden)."""
     norm, head = model.get_decoder().norm, model.get_output_embeddings()
-    per_batch = max(1, LOGIT_BYTES // (given.shape[1] * int(model.config.vocab_size) * 4 * 4))
+    per_batch = rows_per_forward(given.shape[1], int(model.config.vocab_size))
     total = 0.0
     for pair in zip(given.split(per_batch), wanted.split(per_batch), strict=True):
         other, own = (torch.log_softmax(head(norm(hidden.to(device))).float(), dim=-1) for hidden in pair)

@@ -96,10 +96,10 @@ def search_grouping(weights: AttentionWeights, scout: Moments, kv_heads: int) ->
     rest = torch.arange(2 * heads * width, scout.keys[0].shape[-1])
 
     def pair_loss(first: int, second: int) -> float:
-        index = torch.cat([numbers[:, [first, second]].flatten(), rest]).to(scout.key_metric.device)
-        heads = [first, second]
+        pair = [first, second]
+        index = torch.cat([numbers[:, pair].flatten(), rest]).to(scout.key_metric.device)
         keys, values = (
-            (part if len(part) == 1 else part[heads])[:, index[:, None], index] for part in (scout.keys[0], scout.values[0])
+            (part if len(part) == 1 else part[pair])[:, index[:, None], index] for part in (scout.keys[0], scout.values[0])
         )
         return solve_group(_problem(weights, (first, second), keys, values, scout, 1.0), PAIR_ITERATIONS).loss
 

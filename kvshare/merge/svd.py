@@ -48,8 +48,7 @@ def solve_group(problem: GroupProblem, iterations: int | None = None, start: Gro
         iterations = ITERATIONS if start is None else RESTARTED_ITERATIONS
     if iterations:
         best = _searched(problem, best, iterations)
-    offset = best.projection @ mean
-    return replace(best, key_constant=best.key_constant - offset, value_constant=best.value_constant - offset)
+    return _uncentred(best, mean)
 
 
 def solve_in_turn(problem: GroupProblem) -> GroupSolution:
@@ -64,7 +63,7 @@ def solve_in_turn(problem: GroupProblem) -> GroupSolution:
     keys = solve_group(replace(problem, value_metric=nothing)).projection
     values = solve_group(replace(problem, key_metric=nothing)).projection
     stacked = torch.cat([keys, values])  # (2 D, 2 g D): u of the merged heads
-    centred, _ = _centred(problem)
+    centred, mean = _centred(problem)
     n = problem.numbers
     key_second, value_second = (part.mean(0)[:n, :n] for part in (centred.keys, centred.values))
     zero, width = keys.new_zeros(problem.width), problem.width
@@ -80,15 +79,13 @@ def solve_in_turn(problem: GroupProblem) -> GroupSolution:
         problem.rotary_dim,
         signs_only=problem.signs_only,
     )
-    return _from_projection(problem, solve_group(merged).projection @ stacked)
+    return _uncentred(_settled(centred, solve_group(merged).projection @ stacked), mean)
 
 
-def _from_projection(problem: GroupProblem, projection: Tensor) -> GroupSolution:
-    """The best readers and constants of a given P."""
-    problem, mean = _centred(problem)
-    best = _settled(problem, projection)
-    offset = projection @ mean
-    return replace(best, key_constant=best.key_constant - offset, value_constant=best.value_constant - offset)
+def _uncentred(solution: GroupSolution, mean: Tensor) -> GroupSolution:
+    """The solution of a problem from that of its `_centred` form, in u - mean."""
+    offset = solution.projection @ mean
+    return replace(solution, key_constant=solution.key_constant - offset, value_constant=solution.value_constant - offset)
 
 
 def _searched(problem: GroupProblem, start: GroupSolution, iterations: int) -> GroupSolution:
