@@ -45,11 +45,13 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpointError(
             f"{checkpoint} is not a kvshare checkpoint", "its config.json has no kvshare block", "make one with `kvshare convert`"
         )
-    if block.get("format_version") != FORMAT_VERSION:
+    version = block.get("format_version")
+    if version != FORMAT_VERSION:
+        older = isinstance(version, int) and version < FORMAT_VERSION
         raise BadCheckpointError(
-            f"{checkpoint} has the format version {block.get('format_version')!r}",
+            f"{checkpoint} has the format version {version!r}",
             f"this kvshare reads version {FORMAT_VERSION}",
-            "update kvshare",
+            "convert the model again" if older else "update kvshare",
         )
     if block.get("form") not in FORMS:
         raise BadCheckpointError(

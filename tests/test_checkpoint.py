@@ -130,10 +130,12 @@ def test_a_native_model_is_not_a_kvshare_checkpoint(source_folder: Callable[[str
             use(source_folder("tiny"))
 
 
-def test_another_format_version_is_refused(checkpoint: Path) -> None:
-    edit_json(checkpoint / "config.json", lambda config: config["kvshare"].update(format_version=99))
-    with pytest.raises(BadCheckpointError, match="99"):
+@pytest.mark.parametrize(("version", "cure"), [(99, "update kvshare"), (1, "convert the model again")])
+def test_another_format_version_is_refused(checkpoint: Path, version: int, cure: str) -> None:
+    edit_json(checkpoint / "config.json", lambda config: config["kvshare"].update(format_version=version))
+    with pytest.raises(BadCheckpointError, match=str(version)) as refused:
         kvshare.load(checkpoint)
+    assert refused.value.fix == cure
 
 
 def test_output_never_overlaps_the_source(tmp_path: Path) -> None:
