@@ -45,6 +45,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "statistics of the source": {"merge__sequential": False},
 }
 REGROUPING = ("heads merged first, K and V shared after", "neighbouring heads merged")  # nothing to show with every head kept
+BUDGETS = (0.5, 0.375, 0.25, 0.125)
 FIGURES = ("perplexity_increase", "kl", "token_agreement", "cache_reduction", "perplexity", "source_perplexity")
 
 
@@ -93,7 +94,7 @@ class Book:
         if self.only.search(name) and name not in self.entries:
             values = run()
             write_json(self.file, {**self.entries, name: values})
-            print(name, {key: round(value, 5) for key, value in values.items()}, flush=True)
+            print(name, {key: value if isinstance(value, str) else round(value, 5) for key, value in values.items()}, flush=True)
 
 
 def figures(report: Any) -> dict[str, Any]:
@@ -137,6 +138,27 @@ def healed(model: str, init: str, heads: int, seed: int, options: argparse.Names
     if not output.exists():
         kvshare.heal(folder, output, model, options.train_data, tokens=options.heal_tokens, seed=seed)
     return figures(kvshare.evaluate(output, model, options.eval_data, tokens=options.eval_tokens))
+
+
+def within_budget(model: str, budget: float, options: argparse.Namespace) -> dict[str, Any]:
+    """The heads that a cache budget chooses, layer by layer, and what they cost together."""
+    output = options.out / f"{Path(model).name}-budget-{budget}"
+    if not output.exists():
+        kvshare.convert(
+            model,
+            output,
+            cache_budget=budget,
+            calibration=options.train_data,
+            heal=False,
+            eval_data=options.eval_data,
+            eval_tokens=options.eval_tokens,
+        )
+    report = json.loads((output / "report.json").read_text())
+    sensitivity = report["sensitivity"]
+    return {key: report[key] for key in FIGURES} | {
+        "chosen": ", ".join(layer["chosen"] for layer in sensitivity["layers"]),
+        "rank_correlation": sensitivity["agreement"]["spearman"],
+    }
 
 
 def with_int8(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -190,6 +212,13 @@ def table(book: Book, heads: list[int], seeds: int) -> str:
                 f"| {name} | {entry['perplexity_increase']:+.2%} | {entry['kl']:.4f} | {entry['token_agreement']:.1%} | "
                 f"{entry['cache_reduction']:.2%} |"
             )
+    budgets = {name: entry for name, entry in entries.items() if "chosen" in entry}
+    if budgets:
+        lines += ["", "| cache budget | chosen heads, layer by layer | perplexity | rank correlation |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {entry['chosen']} | {entry['perplexity_increase']:+.2%} | {entry['rank_correlation']:.2f} |"
+        for name, entry in sorted(budgets.items(), reverse=True)
+    ]
     shown = [count for count in heads if f"svd {count} seed 0" in entries]
     lines += [
         "",
@@ -224,6 +253,8 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
     )
     if options.recall_model:
         measure_recall(book, options)
+    for budget in BUDGETS:
+        book.measure(f"budget {budget} seed 0", lambda b=budget: within_budget(model, b, options))
     for init in ("svd", "learned", "mean"):
         for count in heads:
             book.measure(f"{init} {count} seed 0", lambda c=count, i=init: unhealed(model, i, c, 0, options))
@@ -240,7 +271,7 @@ def measure_recall(book: Book, options: argparse.Namespace) -> None:
     teller = options.recall_model
     book.measure("source recall", lambda: recalled(teller, None, options))
     for count in options.heads:
-        for init in ("mean", "svd"):
+        for init in INITS:
             book.measure(
                 f"{init} {count} recall",
                 lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, options.recall_data), options),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 import kvshare
 from kvshare.budget import LayerHeads, head_units
@@ -35,6 +36,25 @@ TEXT = [
     "She wrote a letter to her sister, in which she told her of the house, the garden and the people whom she had met.",
     "There is nothing so pleasant as a walk along the river when the sun is low and the birds are singing in the trees.",
 ]
+# One closed form per layer, for tests that are not about which of several is the best.
+QUICK = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """A folder by its name, made by the first of the test processes that wants it."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "once"
+    root.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], Any]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return get
 
 
 def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
@@ -99,43 +119,32 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def source_folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
     """A source model by its key in SOURCES or SQUARE, made once; `tiny` is the bundled, really trained one."""
-    made: dict[str, Path] = {"tiny": TINY_FOLDER}
 
     def get(key: str) -> Path:
-        if key not in made:
-            model_type, fields = (SOURCES | SQUARE)[key]
-            made[key] = random_model(tmp_path_factory.mktemp(key), model_type, **fields)
-        return made[key]
+        if key == "tiny":
+            return TINY_FOLDER
+        model_type, fields = (SOURCES | SQUARE)[key]
+        return once(f"source-{key}", lambda folder: random_model(folder, model_type, **fields))
 
     return get
 
 
 @pytest.fixture(scope="session")
 def converted_folder(
-    tmp_path_factory: pytest.TempPathFactory, source_folder: Callable[[str], Path], text_file: str
+    once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str
 ) -> Callable[..., Path]:
-    """A converted checkpoint of a source, made once per settings: svd, a little text, no healing."""
-    made: dict[tuple[str, int | str, str], Path] = {}
+    """A converted checkpoint of a source, made once per settings: a little text, one closed form per layer, no healing."""
 
     def get(key: str, kv_heads: int | str = "all", init: str = "svd") -> Path:
-        settings = (key, kv_heads, init)
-        if settings not in made:
-            output = tmp_path_factory.mktemp("converted") / f"{key}-{kv_heads}-{init}".replace("/", "of")
-            kvshare.convert(
-                source_folder(key),
-                output,
-                init=init,
-                kv_heads=kv_heads,
-                calibration=text_file,
-                calibration_tokens=4096,
-                heal=False,
-                eval_data=text_file,
-                eval_tokens=2048,
-            )
-            made[settings] = output
-        return made[settings]
+        settings: dict[str, Any] = {"init": init, "kv_heads": kv_heads, "calibration": text_file, "calibration_tokens": 4096}
+        return once(
+            f"{key}-{kv_heads}-{init}".replace("/", "of"),
+            lambda folder: kvshare.convert(
+                source_folder(key), folder, recipe=QUICK, eval_data=text_file, eval_tokens=2048, **settings
+            ),
+        )
 
     return get
 
@@ -163,26 +172,21 @@ def mixed_layers(key: str, source_heads: int) -> LayerHeads:
 
 
 @pytest.fixture(scope="session")
-def mixed_folder(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> Callable[[str], Path]:
-    """A converted checkpoint of `mixed_layers` by its key in SOURCES, made once."""
-    made: dict[str, Path] = {}
+def mixed_folder(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str) -> Callable[[str], Path]:
+    """A converted checkpoint of `mixed_layers` by its key in SOURCES, made once; its source lies beside it."""
 
-    def get(key: str) -> Path:
-        if key not in made:
-            folder = tmp_path_factory.mktemp(f"{key}-mixed")
-            source = TINY_FOLDER
-            if key != "tiny":
-                model_type, fields = SOURCES[key]
-                more = {"num_hidden_layers": 4}
-                if "no_rope_layers" in fields:
-                    more["no_rope_layers"] = 2 * fields["no_rope_layers"]
-                source = random_model(folder / "source", model_type, **fields | more)
-            heads = json.loads((source / "config.json").read_text())["num_key_value_heads"]
-            convert_layers(source, folder / "out", mixed_layers(key, heads), text_file)
-            made[key] = folder / "out"
-        return made[key]
+    def make(key: str, folder: Path) -> None:
+        source = TINY_FOLDER
+        if key != "tiny":
+            model_type, fields = SOURCES[key]
+            more = {"num_hidden_layers": 4}
+            if "no_rope_layers" in fields:
+                more["no_rope_layers"] = 2 * fields["no_rope_layers"]
+            source = random_model(folder / "source", model_type, **fields | more)
+        heads = json.loads((source / "config.json").read_text())["num_key_value_heads"]
+        convert_layers(source, folder / "out", mixed_layers(key, heads), text_file)
 
-    return get
+    return lambda key: once(f"{key}-mixed", lambda folder: make(key, folder)) / "out"
 
 
 @pytest.fixture

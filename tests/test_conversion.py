@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SOURCES, TEXT, TINY_FOLDER, edit_json
+from conftest import QUICK, SOURCES, TEXT, TINY_FOLDER, edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,6 +60,7 @@ def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
             {
                 "fit": {"steps": 40, "batch_tokens": 2048},
                 "kv_heads": 2,
+                "merge": {"balance": [1.0], "grouping": "neighbours"},
                 "heal": {"enabled": False},
                 "calibration": {"tokens": 12_288, "sequence_length": 128},
                 "evaluation": {"tokens": 4_096, "sequence_length": 128},
@@ -164,7 +165,7 @@ def test_sharded_sources_give_the_tensors_of_single_files(
         shutil.copyfile(source / name, sharded / name)
     assert len(list(sharded.glob("*.safetensors"))) > 2
     (sharded / "model-stale.safetensors").write_bytes(b"not weights at all")
-    settings = {"calibration": text_file, "calibration_tokens": 2048, "heal": False, "eval_data": text_file, "eval_tokens": 512}
+    settings = {"recipe": QUICK, "calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 512}
     kvshare.convert(source, tmp_path / "one", **settings)  # type: ignore[arg-type]
     kvshare.convert(sharded, tmp_path / "many", **settings)  # type: ignore[arg-type]
     one = load_file(tmp_path / "one" / "model.safetensors")
@@ -196,7 +197,7 @@ def test_the_kvshare_block_tells_what_was_done(converted_folder: Callable[..., P
 
 def test_a_base_model_s_names_are_kept(tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
     """As in the first checkpoint of gpt2, which also stores its causal masks."""
-    settings = {"calibration": text_file, "calibration_tokens": 1024, "heal": False, "eval_data": text_file, "eval_tokens": 512}
+    settings = {"recipe": QUICK, "calibration": text_file, "calibration_tokens": 1024, "eval_data": text_file, "eval_tokens": 512}
     source = Path(shutil.copytree(source_folder("gpt2"), tmp_path / "source"))
     kvshare.convert(source, tmp_path / "whole", **settings)  # type: ignore[arg-type]
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(source / "model.safetensors").items()}
