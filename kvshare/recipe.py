@@ -73,8 +73,8 @@ class Merge(_Settings):
 class Fit(_Settings):
     """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
 
-    steps: Positive = 150
-    batch_tokens: Positive = 8_192
+    steps: Positive = 600
+    batch_tokens: Positive = 2_048
     learning_rate: PositiveReal = 5e-3
     """Relative to the root mean square of each matrix."""
 
