@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,28 @@ class _StopError(Exception):
     pass
 
 
-def first_inputs(model: nn.Module, layers: nn.ModuleList, rows: Tensor, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
-    """The hidden states that enter the first layer, and how each layer is called.
+@contextmanager
+def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> Iterator[None]:
+    """Decoder layers that compute nothing: each gives `result` of the hidden states that enter it."""
+
+    def forward(*positional: Any, **keywords: Any) -> Tensor:
+        return result(positional[0] if positional else keywords["hidden_states"])
+
+    for layer in layers:
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
+    """The hidden states that enter the first layer, and how each layer is called. No layer computes anything.
 
     Args:
-        model: a causal language model in float32, so that its rope tables are exact.
+        model: a causal language model; its layers may be without weights.
         layers: its decoder layers.
         rows: token ids (rows, length), no padding.
         device: where layers will run.
@@ -44,40 +62,38 @@ def first_inputs(model: nn.Module, layers: nn.ModuleList, rows: Tensor, device: 
     Returns:
         hidden states (rows, length, hidden) in float32 and one `LayerCall` per layer.
     """
+    decoder, embedding = model.get_decoder(), model.get_input_embeddings()
     calls: list[LayerCall] = []
+    hidden: list[Tensor] = []
 
     def record(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        arguments = dict(zip(inspect.signature(module.forward).parameters, positional, strict=False)) | keywords
-        calls.append(LayerCall({name: _moved(value, device) for name, value in arguments.items() if name != "hidden_states"}))
-
-    def stop(_module: nn.Module, _positional: Any, _output: Any) -> None:
-        raise _StopError
-
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    try:
-        with torch.no_grad():
-            model(input_ids=rows[:1].to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    hidden: list[Tensor] = []
+        arguments = dict(zip(inspect.signature(type(module).forward).parameters, [module, *positional], strict=False)) | keywords
+        kept = {name: _moved(value, device) for name, value in arguments.items() if name not in ("self", "hidden_states")}
+        calls.append(LayerCall(kept))
 
     def catch(_module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         hidden.append((positional[0] if positional else keywords["hidden_states"]).float().cpu())
-        raise _StopError
 
-    handle = layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    def enter(ids: Tensor) -> None:
+        # in float32 from here on, so that rope tables are exact whatever the embedding is stored in
+        decoder(inputs_embeds=embedding(ids.to(embedding.weight.device)).float(), use_cache=False)
+
+    with bypassed(layers), _hooks([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]):
+        enter(rows[:1])
+    with bypassed(layers), _hooks([layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
         for batch in batches(rows):
-            try:
-                with torch.no_grad():
-                    model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
-            except _StopError:
-                pass
-    finally:
-        handle.remove()
+            enter(batch)
     return torch.cat(hidden), calls
+
+
+@contextmanager
+def _hooks(handles: list[Any]) -> Iterator[None]:
+    """Hooks that are there for a while."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

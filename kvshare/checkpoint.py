@@ -26,12 +26,12 @@ from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
 from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec
+from kvshare.tensors import DTYPES
 
 MANIFEST = "kvshare_manifest.json"
 MODELING = "modeling_kvshare.py"
 FORMAT_VERSION = 2
 PIECE = 16 << 20  # bytes moved at a time
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -130,23 +130,6 @@ class WeightWriter:
         """Check that every planned tensor was written."""
         if self.pending:
             raise ValueError(f"these tensors were planned and never written: {', '.join(sorted(self.pending))}")
-
-
-def read_tensor(folder: Path, spec: TensorSpec) -> Tensor:
-    """One tensor of a checkpoint in its own dtype.
-
-    Raises:
-        BadCheckpointError: the data holds NaN or infinity.
-    """
-    with (folder / spec.file).open("rb") as stream:
-        stream.seek(spec.start)
-        raw = bytearray(stream.read(spec.bytes))
-    value = torch.frombuffer(raw, dtype=DTYPES[spec.dtype]).view(spec.shape) if raw else torch.empty(spec.shape)
-    if not bool(torch.isfinite(value).all()):
-        raise BadCheckpointError(
-            f"the tensor {spec.name} holds NaN or infinity", f"it stands so in {folder / spec.file}", "use an undamaged model"
-        )
-    return value
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:

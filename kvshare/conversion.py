@@ -17,7 +17,6 @@ from torch import Tensor
 from kvshare import __version__
 from kvshare.card import card_matter, write_card
 from kvshare.checkpoint import (
-    DTYPES,
     FORMAT_VERSION,
     MODELING,
     OutputTensor,
@@ -26,7 +25,6 @@ from kvshare.checkpoint import (
     check_space,
     fresh_folder,
     publish,
-    read_tensor,
     workspace,
     write_json,
 )
@@ -35,7 +33,7 @@ from kvshare.errors import UsageError
 from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
-from kvshare.layerwise import LayerReport, merge_layers
+from kvshare.layerwise import LayerReport, MergedLayer, merge_layers, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.loading import load, load_native
 from kvshare.merge import AttentionWeights
@@ -46,6 +44,10 @@ from kvshare.recipe import Recipe, load_recipe
 from kvshare.runtime import MODELING_FILE
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.source import CARRIED_FILES, open_source, read_json
+from kvshare.streaming import Skeleton, open_skeleton, read_layer
+from kvshare.streams import open_streams
+from kvshare.tensors import DTYPES, read_tensor
+from kvshare.verification import verify_form
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class Conversion:
     sensitivity: Sensitivity | None
     layers: tuple[LayerReport, ...] | tuple[ExactLayer, ...]
     heal: HealResult | None
-    report: Report
+    report: Report | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data: the evaluation's figures at the top level, the rest below. This is report.json."""
+        """As JSON data: the evaluation's figures, if any, at the top level, the rest below. This is report.json."""
         return {
-            **self.report.to_dict(),
+            **({} if self.report is None else self.report.to_dict()),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "heal": None if self.heal is None else self.heal.to_dict(),
@@ -86,6 +88,7 @@ def convert(
     heal_tokens: int | None = None,
     eval_data: str | None = None,
     eval_tokens: int | None = None,
+    eval_mode: str | None = None,
     seed: int | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -104,6 +107,7 @@ def convert(
         heal: whether to distil after the merge.
         heal_data, heal_tokens: text to distil on; the calibration's data where only that is given.
         eval_data, eval_tokens: held-out text for the final measurement.
+        eval_mode: `whole`, with both models in memory; `layers`, layer by layer; or `off`.
         seed: decides samples, order of data and initial LoRA weights.
         overwrite: replace an output that kvshare wrote.
         progress: called on the way.
@@ -124,6 +128,7 @@ def convert(
         heal__tokens=heal_tokens,
         evaluation__data=eval_data,
         evaluation__tokens=eval_tokens,
+        evaluation__mode=eval_mode,
     )
     if heal and settings.init == "exact":
         raise UsageError(
@@ -136,27 +141,35 @@ def convert(
     check_output(target, source.path, overwrite)
     check_space(target, plan.disk_bytes)
     tokenizer = load_tokenizer(source.path)
-    for data in _data_used(settings):
-        check_data(data)
-        check_tokenizer(tokenizer, data)
+    data = _data_used(settings)
+    for used in data:
+        check_data(used)
+        check_tokenizer(tokenizer, used)
     checked = check_layers(plan, progress) if settings.init == "exact" else ()
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = load_native(source.path, dtype=torch.float32).to(device)
+        teacher = load_native(source.path, dtype=torch.float32).to(device) if _whole(settings, SELF in data) else None
         rows = _calibration_rows(settings, tokenizer, teacher, progress) if settings.init in CALIBRATED else None
         sensitivity = None
         if settings.cache_budget is not None:
             assert rows is not None
             sensitivity = measure_sensitivity(teacher, plan, rows, device, progress)
             plan = make_plan(source, settings, sensitivity.chosen)
-        merged, layers = _write_merged(work, plan, teacher, rows, device, progress)
+        held_out = _held_out(settings, tokenizer, teacher, progress)
+        if not _whole(settings, False):
+            teacher = None  # it has written its text: what follows takes a layer at a time
+        merged, layers, report = _write_merged(work, plan, rows, held_out, device, progress)
         staged, healed = merged, None
         if settings.heal.enabled:
             staged = fresh_folder(work / "healed")
             rows = heal_rows(settings, tokenizer, teacher, progress)
             healed = heal_into(staged, merged, teacher, rows, settings, fresh_folder(work / "training"), False, progress)
             carry_files(merged, staged)
-        report = _measure(staged, teacher, tokenizer, settings, progress)
+        if settings.evaluation.mode == "whole":
+            assert held_out is not None
+            report = _measure(staged, teacher, held_out, settings, progress)
+        else:
+            verify_form(staged)
         result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
         card = write_card(read_json(staged / "config.json"), card_matter(source), report)
@@ -165,8 +178,13 @@ def convert(
     return result
 
 
+def _whole(recipe: Recipe, writes: bool) -> bool:
+    """Whether the source is needed in memory as a whole, be it to write text."""
+    return writes or recipe.heal.enabled or recipe.cache_budget is not None or recipe.evaluation.mode == "whole"
+
+
 def _data_used(recipe: Recipe) -> list[str]:
-    used = [recipe.evaluation.data]
+    used = [] if recipe.evaluation.mode == "off" else [recipe.evaluation.data]
     if recipe.init in CALIBRATED:
         used.append(recipe.calibration.data)
     if recipe.heal.enabled:
@@ -184,23 +202,42 @@ def _calibration_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Pr
     return load_rows(settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
 
 
+def _held_out(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor | None:
+    """The text of the final measurement as token ids (rows, length); None where nothing is measured."""
+    if recipe.evaluation.mode == "off":
+        return None
+    return evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
+
+
 def _write_merged(
-    work: Path, plan: Plan, teacher: Any, rows: Tensor | None, device: torch.device, progress: Progress
-) -> tuple[Path, tuple[LayerReport, ...]]:
-    """The merged checkpoint in native form, complete but for report, card and manifest."""
+    work: Path, plan: Plan, rows: Tensor | None, held_out: Tensor | None, device: torch.device, progress: Progress
+) -> tuple[Path, tuple[LayerReport, ...], Report | None]:
+    """The merged checkpoint in native form, complete but for report, card and manifest; its evaluation, if it is by layers."""
     folder = fresh_folder(work / "merged")
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.source.file) for t in plan.tensors])
     for tensor in plan.tensors:
         if tensor.action == "copy":
             writer.copy(tensor.source, plan.source.path)
     planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
+    by_layers = plan.recipe.evaluation.mode == "layers"
+    forwards = rows is not None or by_layers
+    skeleton = open_skeleton(plan.source, plan.family) if forwards else None
+    streams = None
+    if by_layers:
+        assert skeleton is not None
+        assert held_out is not None
+        streams = open_streams(skeleton, held_out, device)
     reports = []
-    for layer, (weights, report) in enumerate(_merged_layers(plan, teacher, rows, device, progress)):
-        if report is not None:
-            reports.append(report)
-        if weights is None:
+    for layer, merged in enumerate(_merged_layers(plan, skeleton, rows, device, progress)):
+        if streams is not None:
+            assert merged.source is not None
+            assert merged.module is not None
+            streams = streams.through(merged.source, merged.module)
+        if merged.report is not None:
+            reports.append(merged.report)
+        if merged.weights is None:
             continue
-        for name, value in pack(weights.repeated(plan.kv_heads), plan.family).items():
+        for name, value in pack(merged.weights.repeated(plan.kv_heads), plan.family).items():
             if (stored := plan.family.tensor(layer, name)) in planned:
                 writer.put(stored, value)
     writer.finish()
@@ -209,21 +246,32 @@ def _write_merged(
         if (plan.source.path / name).is_file():
             shutil.copyfile(plan.source.path / name, folder / name)
     shutil.copyfile(MODELING_FILE, folder / MODELING)
-    return folder, tuple(reports)
+    report = None
+    if streams is not None:
+        cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
+        report = streams.report(_named(plan.recipe.evaluation.data), *cache)
+    return folder, tuple(reports), report
 
 
 def _merged_layers(
-    plan: Plan, teacher: Any, rows: Tensor | None, device: torch.device, progress: Progress
-) -> Iterator[tuple[AttentionWeights | None, LayerReport | None]]:
+    plan: Plan, skeleton: Skeleton | None, rows: Tensor | None, device: torch.device, progress: Progress
+) -> Iterator[MergedLayer]:
     if plan.recipe.init == "exact":
         return
-    if rows is None:
-        for layer in range(plan.layers):
-            progress("merging layers", layer + 1, plan.layers)
-            yield merge_mean(_stored_weights(plan, layer), plan.kv_heads), None
-        return
     stored = DTYPES[plan.source.tensors[plan.family.weight(0, "k")].dtype]
-    yield from merge_layers(teacher, plan, rows, stored, device, progress)
+    if rows is not None:
+        assert skeleton is not None
+        yield from merge_layers(skeleton, plan, rows, stored, device, progress)
+        return
+    for index in range(plan.layers):
+        progress("merging layers", index, plan.layers)
+        weights = merge_mean(_stored_weights(plan, index), plan.kv_heads).to(stored)
+        if skeleton is None:
+            yield MergedLayer(None, None, weights, None)
+            continue
+        layer = read_layer(skeleton, index, device)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, None)
+    progress("merging layers", plan.layers, plan.layers)
 
 
 def _stored_weights(plan: Plan, layer: int) -> AttentionWeights:
@@ -262,9 +310,8 @@ def _shared_layers(plan: Plan) -> dict[str, list[int]]:
     return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}
 
 
-def _measure(folder: Path, teacher: Any, tokenizer: Any, recipe: Recipe, progress: Progress) -> Report:
+def _measure(folder: Path, teacher: Any, rows: Tensor, recipe: Recipe, progress: Progress) -> Report:
     model = load(folder, dtype=torch.float32).to(next(teacher.parameters()).device)
-    rows = evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
     named = _named(recipe.evaluation.data)
     return compare(model, teacher, rows, named, stored_bytes(folder), progress, forward_of(folder, model))
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare.checkpoint import DTYPES
 from kvshare.data import check_data, load_rows, load_tokenizer, rows_per_forward
 from kvshare.errors import UsageError
 from kvshare.exact import through_cache
@@ -23,6 +22,7 @@ from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Evaluation, load_recipe
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
+from kvshare.tensors import DTYPES
 from kvshare.verification import read_block
 
 PROMPT_TOKENS, GENERATED_TOKENS = 16, 48  # of the sequence whose cache is measured
@@ -34,7 +34,8 @@ class Report:
     """How a checkpoint compares with its source on the same tokens.
 
     Fractions, not percent. `kl` is the mean KL(source || checkpoint) in nats per token; `*_error` are standard errors over
-    rows; cache bytes are measured on the tensors of a generated sequence's cache, in the dtype the weights are stored in.
+    rows; cache bytes are measured on the tensors of a generated sequence's cache, in the dtype the weights are stored in (layer by
+    layer nothing is generated: then they are the plan's).
     """
 
     perplexity: float
@@ -168,15 +169,20 @@ def compare(
     for done, batch in enumerate(rows.split(per_batch)):
         progress("measuring", done * per_batch, len(rows))
         batch = batch.to(device)
-        figures.append(_row_figures(run(batch), source(input_ids=batch, use_cache=False).logits, batch))
+        figures.append(row_figures(run(batch), source(input_ids=batch, use_cache=False).logits, batch))
     progress("measuring", len(rows), len(rows))
-    per_row = torch.cat(figures).double().cpu()  # (rows, 4): loss, source's loss, kl, agreement
+    cache, source_cache = (cache_numbers_per_token(m, rows[0, :PROMPT_TOKENS]) * item_bytes for m in (model, source))
+    return report_of(torch.cat(figures), rows, data, cache, source_cache)
+
+
+def report_of(figures: Tensor, rows: Tensor, data: str, cache: float, source_cache: float) -> Report:
+    """A `Report` from the figures of each row (rows, 4): loss, the source's loss, KL, agreement."""
+    per_row = figures.double().cpu()
     loss, source_loss, kl, agreement = per_row.mean(0).tolist()
     errors = (per_row.std(0) / math.sqrt(len(per_row))).tolist() if len(per_row) > 1 else [math.nan] * 4
     ratio = math.exp(loss - source_loss)
     difference = per_row[:, 0] - per_row[:, 1]
     paired = float(difference.std()) / math.sqrt(len(per_row)) if len(per_row) > 1 else math.nan
-    cache, source_cache = (cache_numbers_per_token(m, rows[0, :PROMPT_TOKENS]) * item_bytes for m in (model, source))
     return Report(
         math.exp(loss),
         math.exp(loss) * errors[0],
@@ -196,7 +202,7 @@ def compare(
     )
 
 
-def _row_figures(logits: Tensor, source_logits: Tensor, ids: Tensor) -> Tensor:
+def row_figures(logits: Tensor, source_logits: Tensor, ids: Tensor) -> Tensor:
     """Per row: mean loss of both models, mean KL(source || model), share of equal top tokens. (rows, 4)"""
     given = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     wanted = torch.log_softmax(source_logits[:, :-1].float(), dim=-1)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare.checkpoint import DTYPES, read_tensor
 from kvshare.errors import UnsupportedModelError
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.runtime.modeling_kvshare import VALUE_ERROR, exact_maps, round_keys
 from kvshare.source import ITEM_BYTES
+from kvshare.tensors import DTYPES, read_tensor
 
 
 @dataclass(frozen=True)

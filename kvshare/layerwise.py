@@ -1,7 +1,7 @@
 """One decoder layer: its source weights and what it sees in, its shared weights out.
 
-In: a loaded source model, calibration rows. Out: the shared `AttentionWeights` layer by layer, and a `LayerReport` of each.
-Never: writes files, keeps more than one layer's activations beside the two streams of hidden states.
+In: a source model's skeleton, calibration rows. Out: the shared `AttentionWeights` layer by layer, and a `LayerReport` of each.
+Never: writes files, holds more than one layer, keeps more than its activations beside the two streams of hidden states.
 
 Two streams of hidden states pass through the layers: the source's, which says what each layer should give, and the
 converted model's, which is what each layer will see (method.md, section 2, output refit).
@@ -29,6 +29,7 @@ from kvshare.moments import MomentSums, Weighting
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
+from kvshare.streaming import Skeleton, read_layer
 
 ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
 
@@ -47,6 +48,18 @@ class LayerReport:
     condition: float
     grouping: Grouping
     fit: FitReport | None = None
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """A decoder layer as it was and as it is now, float32, in native form (None where no text passes through); its new attention
+    weights and the report of the merge, both None where it was left untouched.
+    """
+
+    source: nn.Module | None
+    module: nn.Module | None
+    weights: AttentionWeights | None
+    report: LayerReport | None
 
 
 @dataclass(frozen=True)
@@ -85,32 +98,31 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
 
 
 def merge_layers(
-    model: Any, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
-) -> Iterator[tuple[AttentionWeights | None, LayerReport | None]]:
-    """Merge all layers in order, each behind the converted layers before it.
+    skeleton: Skeleton, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
+) -> Iterator[MergedLayer]:
+    """Merge all layers in order, each behind the converted layers before it, each read from the disk when its turn comes.
 
     Args:
-        model: the source model, native, in float32.
+        skeleton: the source.
         plan: its recipe's init is `svd` or `learned`.
         rows: calibration tokens (rows, length).
         stored: the dtype that the weights will be stored in; later layers see them rounded.
         device: where one layer at a time is computed, in float32.
 
     Yields:
-        the weights of each layer, rounded to `stored`, and the report of the merge; None and None for an untouched layer.
+        each layer, with its new weights rounded to `stored`.
     """
     assert plan.layer_heads is not None
     family, recipe = plan.family, plan.recipe
-    layers = getattr(model.get_decoder(), family.stack)
-    source_hidden, calls = first_inputs(model, layers, rows, device)
+    source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
     hidden = source_hidden.clone()
-    for index, (original, call) in enumerate(zip(layers, calls, strict=True)):
-        progress("merging layers", index, len(layers))
-        layer = copy.deepcopy(original).to(device, torch.float32).eval()
+    for index, call in enumerate(calls):
+        progress("merging layers", index, len(calls))
+        layer = read_layer(skeleton, index, device)
         kv_heads = plan.layer_heads[index]
         if kv_heads is None:
             source_hidden, hidden = (passed(layer, states, call, device) for states in (source_hidden, hidden))
-            yield None, None
+            yield MergedLayer(layer, layer, None, None)
             continue
         wanted, source_next = source_pass(layer, family, source_hidden, call, device)
         stream = hidden if recipe.merge.sequential else source_hidden
@@ -122,8 +134,8 @@ def merge_layers(
         merged = with_weights(layer, family, weights)
         hidden = passed(merged, hidden, call, device)
         source_hidden = source_next
-        yield weights, report
-    progress("merging layers", len(layers), len(layers))
+        yield MergedLayer(layer, merged, weights, report)
+    progress("merging layers", len(calls), len(calls))
 
 
 def merge_alone(

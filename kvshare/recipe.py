@@ -106,6 +106,9 @@ class Evaluation(_Settings):
     data: str = "self"
     tokens: Positive = 65_536
     sequence_length: Positive = 512
+    mode: Literal["whole", "layers", "off"] = "whole"
+    """`whole` loads both models and runs the converted one as it will be used; `layers` sends the text through both layer by layer
+    while the merge does, for models that do not fit into memory; `off` measures nothing."""
 
 
 class Recipe(_Settings):
@@ -174,7 +177,24 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
     except ValidationError as error:
         raise _explain(error, origin) from None
     _check_budget(settings, origin)
+    _check_evaluation(settings, origin)
     return settings
+
+
+def _check_evaluation(recipe: Recipe, origin: str) -> None:
+    """Refuse an evaluation layer by layer where the merge is not all that happens.
+
+    Raises:
+        UsageError: `evaluation.mode` is `layers` together with healing or with init exact.
+    """
+    if recipe.evaluation.mode != "layers" or not (recipe.heal.enabled or recipe.init == "exact"):
+        return
+    healing = recipe.heal.enabled and recipe.init != "exact"
+    raise UsageError(
+        f"{origin} measures layer by layer " + ("and heals" if healing else "with init exact"),
+        "healing needs both models in memory as it is" if healing else "what the exact form loses shows in its cache alone",
+        "turn healing off, or take evaluation mode whole" if healing else "take evaluation mode whole or off",
+    )
 
 
 def _check_budget(recipe: Recipe, origin: str) -> None:

@@ -1,0 +1,46 @@
+"""The data of single tensors of a checkpoint.
+
+In: a folder and a `TensorSpec` of one of its files. Out: a tensor in the dtype it is stored in, read or mapped from the disk.
+Never: reads more than that tensor, unpickles.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from kvshare.errors import BadCheckpointError
+from kvshare.source import TensorSpec
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_tensor(folder: Path, spec: TensorSpec) -> Tensor:
+    """One tensor of a checkpoint in its own dtype.
+
+    Raises:
+        BadCheckpointError: the data holds NaN or infinity.
+    """
+    with (folder / spec.file).open("rb") as stream:
+        stream.seek(spec.start)
+        raw = bytearray(stream.read(spec.bytes))
+    value = torch.frombuffer(raw, dtype=DTYPES[spec.dtype]).view(spec.shape) if raw else torch.empty(spec.shape)
+    if not bool(torch.isfinite(value).all()):
+        raise BadCheckpointError(
+            f"the tensor {spec.name} holds NaN or infinity", f"it stands so in {folder / spec.file}", "use an undamaged model"
+        )
+    return value
+
+
+def map_tensor(folder: Path, spec: TensorSpec) -> Tensor:
+    """One tensor whose data stays on the disk until it is looked at; for tables of which a few rows are needed."""
+    if not spec.bytes:
+        return torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+    # copy on write: torch wants memory that it may write to, and the file must stay as it is
+    raw = numpy.memmap(folder / spec.file, dtype=numpy.uint8, mode="c", offset=spec.start, shape=(spec.bytes,))
+    if spec.start % DTYPES[spec.dtype].itemsize:  # a header of odd length: such numbers cannot be used where they lie
+        return torch.from_numpy(numpy.array(raw)).view(DTYPES[spec.dtype]).view(spec.shape)
+    return torch.from_numpy(raw).view(DTYPES[spec.dtype]).view(spec.shape)
