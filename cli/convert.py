@@ -23,6 +23,10 @@ def run(
     heal_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out text for the final measurement.")] = None,
     eval_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    eval_mode: Annotated[
+        str | None,
+        typer.Option(help="whole: both models in memory; layers: layer by layer, for models that do not fit; off: no measurement."),
+    ] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -45,6 +49,7 @@ def run(
             heal_tokens=heal_tokens,
             eval_data=eval_data,
             eval_tokens=eval_tokens,
+            eval_mode=eval_mode,
             seed=seed,
             overwrite=overwrite,
             progress=progress,
@@ -54,5 +59,6 @@ def run(
         return
     if result.sensitivity is not None:
         print_choice(result.sensitivity)
-    print_report(result.report)
+    if result.report is not None:
+        print_report(result.report)
     print(f"written to {result.output}; load it with kvshare.load({str(result.output)!r})")

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.families import Family
+from kvshare.memory import BATCH_TOKENS
 from kvshare.moments import Attending
-
-BATCH_TOKENS = 8_192
 
 
 @dataclass(frozen=True)

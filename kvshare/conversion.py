@@ -28,7 +28,7 @@ from kvshare.checkpoint import (
     workspace,
     write_json,
 )
-from kvshare.data import SELF, check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
 from kvshare.exact import ExactLayer, check_layers
@@ -36,11 +36,12 @@ from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
 from kvshare.layerwise import LayerReport, MergedLayer, merge_layers, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.loading import load, load_native
+from kvshare.memory import needs_whole
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
-from kvshare.planning import CALIBRATED, Plan, make_plan
+from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import Recipe, load_recipe
+from kvshare.recipe import CALIBRATED, SELF, Recipe, load_recipe
 from kvshare.runtime import MODELING_FILE
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.source import CARRIED_FILES, open_source, read_json
@@ -141,14 +142,13 @@ def convert(
     check_output(target, source.path, overwrite)
     check_space(target, plan.disk_bytes)
     tokenizer = load_tokenizer(source.path)
-    data = _data_used(settings)
-    for used in data:
-        check_data(used)
-        check_tokenizer(tokenizer, used)
+    for data in _data_used(settings):
+        check_data(data)
+        check_tokenizer(tokenizer, data)
     checked = check_layers(plan, progress) if settings.init == "exact" else ()
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        teacher = load_native(source.path, dtype=torch.float32).to(device) if _whole(settings, SELF in data) else None
+        teacher = load_native(source.path, dtype=torch.float32).to(device) if needs_whole(settings) else None
         rows = _calibration_rows(settings, tokenizer, teacher, progress) if settings.init in CALIBRATED else None
         sensitivity = None
         if settings.cache_budget is not None:
@@ -156,7 +156,7 @@ def convert(
             sensitivity = measure_sensitivity(teacher, plan, rows, device, progress)
             plan = make_plan(source, settings, sensitivity.chosen)
         held_out = _held_out(settings, tokenizer, teacher, progress)
-        if not _whole(settings, False):
+        if not needs_whole(settings, writes=False):
             teacher = None  # it has written its text: what follows takes a layer at a time
         merged, layers, report = _write_merged(work, plan, rows, held_out, device, progress)
         staged, healed = merged, None
@@ -176,11 +176,6 @@ def convert(
         (staged / "README.md").write_text(card, encoding="utf-8")
         publish(staged, target)
     return result
-
-
-def _whole(recipe: Recipe, writes: bool) -> bool:
-    """Whether the source is needed in memory as a whole, be it to write text."""
-    return writes or recipe.heal.enabled or recipe.cache_budget is not None or recipe.evaluation.mode == "whole"
 
 
 def _data_used(recipe: Recipe) -> list[str]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import UsageError
+from kvshare.recipe import SELF
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SELF = "self"
 SEPARATOR = "<|endoftext|>"
 SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take

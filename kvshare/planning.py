@@ -15,11 +15,11 @@ from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, form_reasons, he
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import PARTS, Family, Part, family_of
 from kvshare.hub import describe
-from kvshare.recipe import Recipe, load_recipe
+from kvshare.memory import peak_memory
+from kvshare.recipe import CALIBRATED, Recipe, load_recipe
 from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec
 
 Action = Literal["copy", "merge"]
-CALIBRATED = ("svd", "learned")
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,10 @@ class Plan:
 
     @property
     def memory_bytes(self) -> int:
-        """An estimate of peak memory: weights in float32 (source and, when healing, student), activations, libraries.
-
-        Activations are hidden states of all calibration tokens: two streams, what they should give, what comes next, and
-        the inputs of one attention layer. An exact conversion has none; it holds source, result and the maps of its layers,
-        in float32 and float64, to measure one against the other, and the logits once more than others do.
-        """
-        source = self.bytes_read
-        width = max((4 / ITEM_BYTES[tensor.dtype] for tensor in self.tensors), default=1.0)
-        if self.recipe.init == "exact":
-            return int(2 * source * width) + self.layers * int(self.config["hidden_size"]) ** 2 * 8 * 4 // 3 + 1_800_000_000
-        if self.recipe.init == "mean" and not self.recipe.heal.enabled:
-            return max(tensor.bytes for tensor in self.tensors) * 10 + 500_000_000
+        """An estimate of peak memory, see `peak_memory`."""
         hidden = int(self.config[self.family.field("hidden_size")])
-        calibration = 5 * 4 * hidden * self.recipe.calibration.tokens
-        copies = 2 if self.recipe.heal.enabled else 1
-        return int(source * width * copies + calibration) + 1_500_000_000
+        prefix = self.family.attention.partition("{layer}")[0] + "0."
+        return peak_memory(self.recipe, [tensor.source for tensor in self.tensors], prefix, self.layers, hidden)
 
     @property
     def map_bytes(self) -> int:

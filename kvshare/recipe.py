@@ -16,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from kvshare.errors import UsageError, closest
 
 DEFAULT_RECIPE = "half"
+SELF = "self"  # text that the source model writes
+CALIBRATED = ("svd", "learned")  # initialisations that take text
 
 
 def _kv_heads(value: int | str) -> int | str:
@@ -46,7 +48,7 @@ class _Settings(BaseModel):
 class Calibration(_Settings):
     """The text on which the second moments of activations are taken."""
 
-    data: str = "self"
+    data: str = SELF
     tokens: Positive = 65_536
     sequence_length: Positive = 512
 
@@ -83,7 +85,7 @@ class Heal(_Settings):
     """The distillation that follows the merge (method.md, section 4)."""
 
     enabled: bool = True
-    data: str = "self"
+    data: str = SELF
     tokens: Positive = 655_360
     sequence_length: Positive = 512
     batch_tokens: Positive = 2_048
@@ -103,7 +105,7 @@ class Heal(_Settings):
 class Evaluation(_Settings):
     """The held-out text of the final measurement."""
 
-    data: str = "self"
+    data: str = SELF
     tokens: Positive = 65_536
     sequence_length: Positive = 512
     mode: Literal["whole", "layers", "off"] = "whole"

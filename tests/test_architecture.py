@@ -16,7 +16,7 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["recipe", "families", "source", "budget", "repeats"],
-    ["hub", "tensors"],
+    ["hub", "tensors", "memory"],
     ["planning", "merge", "progress", "data"],
     ["moments", "layout"],
     ["calibrate"],

@@ -120,24 +120,24 @@ def test_what_cannot_be_measured_by_layers_is_refused(settings: dict[str, object
 
 
 PEAK = """
-import resource, sys
+import re, sys
 import kvshare
 from kvshare.recipe import Recipe
 source, output, text, init = sys.argv[1:]
 recipe = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
-kvshare.convert(source, output, recipe=recipe, init=init, calibration=text, calibration_tokens=1024, eval_data=text,
+kvshare.convert(source, output, recipe=recipe, init=init, calibration=text, calibration_tokens=512, eval_data=text,
     eval_tokens=512, eval_mode="off" if init == "mean" else "layers")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))  # ru_maxrss would begin with the parent's
 """
 
 
 @pytest.mark.parametrize("init", ["mean", "svd"])
 def test_memory_does_not_grow_with_depth(init: str, tmp_path: Path, text_file: str) -> None:
     peaks, sizes = [], []
-    for layers in (2, 12):
+    for layers in (4, 12):  # of the first few, two are in memory at a time
         source = tmp_path / f"{layers}"
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-        random_model(source, "llama", num_hidden_layers=layers, hidden_size=256, intermediate_size=4096, **heads)
+        random_model(source, "llama", num_hidden_layers=layers, hidden_size=256, intermediate_size=6144, **heads)
         sizes.append((source / "model.safetensors").stat().st_size)
         run = subprocess.run(
             [sys.executable, "-c", PEAK, source, tmp_path / f"{layers}-out", text_file, init],
@@ -147,5 +147,8 @@ def test_memory_does_not_grow_with_depth(init: str, tmp_path: Path, text_file: s
             check=True,
         )
         peaks.append(int(run.stdout.split()[-1]))
+        recipe = QUICK.model_copy(update={"init": init, "calibration": QUICK.calibration.model_copy(update={"data": text_file})})
+        evaluation = QUICK.evaluation.model_copy(update={"data": text_file, "mode": "off" if init == "mean" else "layers"})
+        assert peaks[-1] < kvshare.plan(source, recipe=recipe.model_copy(update={"evaluation": evaluation})).memory_bytes
     assert sizes[1] - sizes[0] > 120_000_000
-    assert peaks[1] - peaks[0] < 0.25 * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
