@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from kvshare.errors import UsageError, closest
 
 DEFAULT_RECIPE = "half"
+INSPECTED_TOKENS = 8_192  # text that a model is looked at on before it is converted
 
 
 def _kv_heads(value: int | str) -> int | str:
