@@ -23,7 +23,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { max-width: 72ch; margin: .5rem 0; }
 .quiet, figcaption, caption { color: var(--quiet); font-size: .87rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .75rem; margin: 1.25rem 0; padding: 0; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(135px, 1fr)); gap: .75rem; margin: 1.25rem 0; padding: 0; }
 .facts div { background: var(--soft); border-radius: 6px; padding: .6rem .8rem; }
 .facts dt { color: var(--quiet); font-size: .8rem; }
 .facts dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -24,7 +26,7 @@ INK = "#1c2024"
 KEYS, VALUES, BOTH, WORST = "#3f7fc4", "#d9822b", "#2f9e7d", "#c4524e"  # as readable on light as on dark
 WIDTH, HEIGHT = 5.2, 3.2  # inches
 STYLE = {
-    "font.size": 9.0,
+    "font.size": 10.0,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
     "text.color": INK,
@@ -45,7 +47,7 @@ STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 3.5,
     "legend.frameon": False,
-    "legend.fontsize": 8.0,
+    "legend.fontsize": 9.0,
 }
 
 
@@ -196,10 +198,10 @@ def _overlap(axes: Axes, layers: Sequence[LayerFigures]) -> None:
 def _damage(axes: Axes, layers: Sequence[LayerFigures]) -> None:
     at = _indices(axes, layers)
     counts = [option.heads for option in layers[0].options]
-    colours = mpl.colormaps["viridis"]
+    colours = _shades()
     for place, heads in enumerate(counts):
         values = [max(layer.options[place].predicted, 1e-12) for layer in layers]
-        axes.plot(at, values, marker="o", color=colours(0.85 * place / max(1, len(counts) - 1)), label=f"{heads}")
+        axes.plot(at, values, marker="o", color=colours(place / max(1, len(counts) - 1)), label=f"{heads}")
     axes.set_yscale("log")
     axes.set_ylabel("predicted damage")
     _legend_above(axes, "shared heads")
@@ -251,11 +253,11 @@ def _grid(figure: Figure, axes: Axes, layers: Sequence[LayerFigures], rows: list
 
 
 def _spectrum(figure: Figure, axes: Axes, layers: Sequence[LayerFigures], head_dim: int) -> None:
-    colours = mpl.colormaps["viridis"]
+    colours = _shades()
     last = max(layer.layer for layer in layers)
     for layer in layers:
         left = [max(sum(layer.spectrum[kept:]), 1e-9) for kept in range(len(layer.spectrum))]
-        axes.plot(range(len(left)), left, color=colours(0.9 * layer.layer / max(1, last)), linewidth=1)
+        axes.plot(range(len(left)), left, color=colours(layer.layer / max(1, last)), linewidth=1)
     axes.axvline(head_dim, color=INK, linewidth=0.8, linestyle="--")
     axes.set_yscale("log")
     axes.set_ylim(max(1e-6, axes.get_ylim()[0]), 1.2)
@@ -264,8 +266,7 @@ def _spectrum(figure: Figure, axes: Axes, layers: Sequence[LayerFigures], head_d
     axes.set_xlabel("dimensions kept")
     axes.set_ylabel("energy left")
     axes.grid(axis="y")
-    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, max(1, last) / 0.9), colours)
-    bar = figure.colorbar(scale, ax=axes, label="layer", boundaries=[place * max(1, last) / 200 for place in range(201)])
+    bar = figure.colorbar(ScalarMappable(Normalize(0, max(1, last)), colours), ax=axes, label="layer")
     bar.locator = MaxNLocator(integer=True)
     bar.update_ticks()
     bar.outline.set_visible(False)
@@ -294,7 +295,12 @@ def _cache(axes: Axes, inspection: Inspection) -> None:
     above.set_xlabel("fraction saved")
 
 
+def _shades() -> Colormap:
+    """The part of viridis that is seen on light and on dark."""
+    return LinearSegmentedColormap.from_list("shades", [mpl.colormaps["viridis"](0.25 + 0.55 * part / 15) for part in range(16)])
+
+
 def _legend_above(axes: Axes, title: str | None = None) -> None:
     """A legend that hides no data."""
     entries = axes.get_legend_handles_labels()[1]
-    axes.figure.legend(loc="outside upper left", ncols=min(4, len(entries) or 1), title=title, title_fontsize=8)
+    axes.figure.legend(loc="outside upper left", ncols=min(4, len(entries) or 1), title=title, title_fontsize=9)
