@@ -90,7 +90,7 @@ def print_inspection(inspection: Inspection) -> None:
                 *(f"{layer.mean('dropped'):.2%}", f"{layer.dropped:.2%}"),
             )
         )
-    title = f"{i.model}: {i.kv_heads} KV heads of {i.head_dim}, {i.tokens:,} tokens of {i.data}; means over heads"
+    title = f"{i.model}: {i.kv_heads} KV heads of {i.head_dim}, {i.tokens:,} tokens of {i.text}; means over heads"
     columns = ("layer", "rank K", "rank V", "rank [K;V]", "overlap", "CKA", "dropped", "worst head")
     print_table(title, rows, columns)
     forms = [

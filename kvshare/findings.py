@@ -102,6 +102,11 @@ class Inspection:
     layers: tuple[LayerFigures, ...]
 
     @property
+    def text(self) -> str:
+        """What to call the text."""
+        return "text that it wrote itself" if self.data == "self" else self.data
+
+    @property
     def convertible(self) -> tuple[LayerFigures, ...]:
         """The layers that have figures."""
         return tuple(layer for layer in self.layers if layer.refused is None)

@@ -78,7 +78,6 @@ def render_page(inspection: Inspection, plots: Sequence[Plot]) -> str:
     """
     i = inspection
     of = f"{i.model}{f' at {i.commit}' if i.commit else ''}, {i.model_type}"
-    seen = "text that it wrote itself" if i.data == "self" else i.data
     figures = "".join(
         f"<figure><h3>{escape(plot.title)}</h3>{inline_svg(plot)}<figcaption>{escape(plot.caption)}</figcaption></figure>"
         for plot in plots
@@ -97,7 +96,7 @@ def render_page(inspection: Inspection, plots: Sequence[Plot]) -> str:
 <body>
 <main>
 <h1>{escape(i.model)}: K and V before sharing</h1>
-<p class="quiet">{escape(of)}. {i.tokens:,} tokens of {escape(seen)}, seed {i.seed}. Nothing was converted.</p>
+<p class="quiet">{escape(of)}. {i.tokens:,} tokens of {escape(i.text)}, seed {i.seed}. Nothing was converted.</p>
 <dl class="facts">{_facts(i)}</dl>
 {f"<ul>{said}</ul>" if said else ""}
 <h2>The model</h2>
@@ -189,8 +188,8 @@ def _heads(layer: LayerFigures) -> str:
         angles = "-" if head.angles is None else " / ".join(f"{angle:.0f}" for angle in head.angles)
         pairs = "-"
         if head.pair_energy:
-            strongest = sorted(range(len(head.pair_energy)), key=lambda pair: -head.pair_energy[pair])[:3]  # type: ignore[index]
-            pairs = ", ".join(f"{pair} ({head.pair_energy[pair]:.0%})" for pair in strongest)
+            strongest = sorted(enumerate(head.pair_energy), key=lambda pair: -pair[1])[:3]
+            pairs = ", ".join(f"{pair} ({share:.0%})" for pair, share in strongest)
         ranks = [f"{value:.2f}" for value in (head.key_rank, head.value_rank, head.joint_rank)]
         rows.append((str(head.head), *ranks, f"{head.overlap:.3f}", f"{head.cka:.3f}", f"{head.dropped:.3%}", angles, pairs))
     columns = ("head", *FIGURES, "principal angles °: least, quartiles, greatest", "strongest rope pairs")

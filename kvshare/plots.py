@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ from kvshare.findings import Inspection, LayerFigures
 INK = "#1c2024"
 KEYS, VALUES, BOTH, WORST = "#3f7fc4", "#d9822b", "#2f9e7d", "#c4524e"  # as readable on light as on dark
 WIDTH, HEIGHT = 5.2, 3.2  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.0,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
