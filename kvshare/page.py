@@ -168,8 +168,8 @@ FIGURES = ("rank K", "rank V", "rank [K;V]", "overlap", "CKA", "dropped")
 
 def _layers(i: Inspection) -> str:
     counts = [option.heads for option in i.convertible[0].options] if i.convertible else []
-    columns = ("layer", "rope", *FIGURES, "worst head", *(f"damage, {count} head{'s' * (count > 1)}" for count in counts))
-    rows = []
+    columns = ("layer", "rope", *FIGURES, "worst head")
+    rows, damages = [], []
     for layer in i.layers:
         first = (str(layer.layer), f"{layer.rotary_dim} of {i.head_dim}")
         if layer.refused is not None:
@@ -178,8 +178,11 @@ def _layers(i: Inspection) -> str:
         ranks = [f"{layer.mean(name):.2f}" for name in ("key_rank", "value_rank", "joint_rank")]
         overlap = [f"{layer.mean(name):.3f}" for name in ("overlap", "cka")]
         dropped = (f"{layer.mean('dropped'):.3%}", f"{layer.dropped:.3%}")
-        rows.append((*first, *ranks, *overlap, *dropped, *(f"{option.predicted:.2e}" for option in layer.options)))
-    return _table("Means over heads.", columns, rows)
+        rows.append((*first, *ranks, *overlap, *dropped))
+        damages.append((str(layer.layer), *(f"{option.predicted:.2e}" for option in layer.options)))
+    named = ("layer", *(f"{count} head{'s' * (count > 1)}" for count in counts))
+    means = _table("Means over heads.", columns, rows)
+    return f"{means}<br>{_table('Predicted damage of the layer alone, by how many heads it shares.', named, damages)}"
 
 
 def _heads(layer: LayerFigures) -> str:

@@ -5,8 +5,9 @@ Never: sees weights or activations, does IO. Everything in float64.
 
 Everything is weighted as method.md, section 2, says: keys by Lambda (what queries see of them), values by M (what the output
 projection sees of them), tokens by what attention makes of them. So no figure changes when the model is written in another
-basis (method.md, section 1): not with the values' basis, nor with the scale and turn of a rope pair. Where the output adds a
-bias of its own, the mean costs nothing and is left out.
+basis (method.md, section 1): not with the values' basis, nor with the scale and turn of a rope pair. (Dropped
+energy counts what rounding to 16 bits adds, too, which depends on the basis a little.) Where the output adds a bias of its own,
+the mean costs nothing and is left out.
 """
 
 from __future__ import annotations
