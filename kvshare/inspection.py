@@ -7,7 +7,6 @@ Never: changes the model, measures damage behind a layer, keeps more than one la
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +139,7 @@ def inspect_layer(
     options: Sequence[int],
     device: torch.device,
 ) -> LayerFigures:
-    """The figures of one layer; one whose mathematics have no finite answer says so in `refused`.
+    """The figures of one layer; one whose attention output is not finite says so in `refused`.
 
     Args:
         layer: the source's decoder layer on `device`, float32.
@@ -153,14 +152,11 @@ def inspect_layer(
         device: where to compute.
     """
     turned = rotary_dim(attention_of(layer, plan.family), plan.family, call)
-    try:
-        found = list(solve_alone(layer, plan, call, hidden, options, device))
-        if not all(math.isfinite(solved.report.loss) for solved in found):
-            raise torch.linalg.LinAlgError("the damage is not a finite number")
-        relative = per_energy(hidden + wanted)
-        heads, spectrum = _heads(found[0])
-    except torch.linalg.LinAlgError:
-        return LayerFigures(index, turned, (), (), (), "its keys and values on this text have no finite second moments")
+    if not bool(torch.isfinite(wanted).all()):
+        return LayerFigures(index, turned, (), (), (), "its attention output on this text is not finite")
+    found = list(solve_alone(layer, plan, call, hidden, options, device))
+    relative = per_energy(hidden + wanted)
+    heads, spectrum = _heads(found[0])
     choices = tuple(
         LayerOption(count, head_units((count,), plan.source_kv_heads), solved.report.loss * relative)
         for count, solved in zip(options, found, strict=True)

@@ -271,6 +271,19 @@ def test_a_layer_that_cannot_be_converted_is_named(
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+def test_keys_without_energy_have_no_rank_and_no_angles(source_folder: Callable[[str], Path]) -> None:
+    def empty(model: Any) -> None:
+        model.get_decoder().layers[0].self_attn.k_proj.weight.data.zero_()
+
+    found = inspected(source_folder("llama-gqa"), change=empty)
+    for head in found.layers[0].heads:
+        assert (head.key_rank, head.overlap, head.angles, head.cka) == (0.0, 0.0, None, 0.0)
+        assert head.value_rank == pytest.approx(head.joint_rank)
+        assert head.dropped < 1e-4  # one projection holds the values alone, but for rounding
+    json.dumps(found.to_dict(), allow_nan=False)
+    check_page(render_page(found, draw(found)), found)
+
+
 def test_cache_bytes_are_those_of_a_cache(source_folder: Callable[[str], Path], converted_folder: Callable[..., Path]) -> None:
     found = replace(inspected_shape(), output=Path())
     sizes = {(form.shared, form.heads, form.bits): form for form in found.cache}

@@ -120,7 +120,8 @@ def divided(whole: Moments, grouping: Grouping, head_dim: int) -> Moments:
     heads = len(whole.key_metric)
     numbers = torch.arange(2 * heads * head_dim).view(2, heads, head_dim)
     rest = torch.arange(2 * heads * head_dim, whole.keys[0].shape[-1])
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for group in grouping:
         index = torch.cat([numbers[:, list(group)].flatten(), rest]).to(whole.key_metric.device)
         for parts, part in ((keys, whole.keys[0]), (values, whole.values[0])):
