@@ -91,7 +91,7 @@ def print_inspection(inspection: Inspection) -> None:
             )
         )
     title = f"{i.model}: {i.kv_heads} KV heads of {i.head_dim}, {i.tokens:,} tokens of {i.text}; means over heads"
-    columns = ("layer", "rank K", "rank V", "rank [K;V]", "overlap", "CKA", "dropped", "worst head")
+    columns = ("layer", "rank K", "rank V", "rank [K;V]", "overlap", "CKA", "dropped", "worst")
     print_table(title, rows, columns)
     forms = [
         (
