@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import typer
-from kvshare.cli import convert, evaluate, heal, plan, recipes, verify
+from kvshare.cli import convert, evaluate, heal, inspect, plan, recipes, verify
 
 from kvshare import __version__
 from kvshare.errors import KVShareError
@@ -21,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("inspect")(inspect.run)
 app.command("plan")(plan.run)
 app.command("convert")(convert.run)
 app.command("heal")(heal.run)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,6 +16,7 @@ from kvshare.progress import Progress
 
 if TYPE_CHECKING:
     from kvshare.evaluation import Report
+    from kvshare.findings import Inspection
     from kvshare.sensitivity import Sensitivity
 
 
@@ -69,6 +71,51 @@ def print_choice(sensitivity: Sensitivity) -> None:
         ("layer", "shared heads", "heads cached", "KL of it alone", "predicted error"),
     )
     print(f"rank correlation of predicted and measured damage: {s.agreement.spearman:.2f}")
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """The figures of every layer, averaged over heads, the forms of the cache, and the damage predicted within budgets."""
+    from kvshare.findings import listed, notes
+
+    i = inspection
+    rows = []
+    for layer in i.layers:
+        if layer.refused is not None:
+            rows.append((str(layer.layer), *["-"] * 7))
+            continue
+        ranks = [f"{layer.mean(name):.1f}" for name in ("key_rank", "value_rank", "joint_rank")]
+        rows.append(
+            (
+                *(str(layer.layer), *ranks, f"{layer.mean('overlap'):.3f}", f"{layer.mean('cka'):.3f}"),
+                *(f"{layer.mean('dropped'):.2%}", f"{layer.dropped:.2%}"),
+            )
+        )
+    title = f"{i.model}: {i.kv_heads} KV heads of {i.head_dim}, {i.tokens:,} tokens of {i.text}; means over heads"
+    columns = ("layer", "rank K", "rank V", "rank [K;V]", "overlap", "CKA", "dropped", "worst")
+    print_table(title, rows, columns)
+    forms = [
+        (
+            *("K = V" if form.shared else "K and V", str(form.heads), str(form.bits)),
+            *(f"{form.bytes_per_token:,.0f} B", f"{form.saved:.2%}"),
+        )
+        for form in i.cache
+    ]
+    print_table("KV cache", forms, ("cached", "heads", "bits", "per token", "saved"))
+    choices = [
+        (f"{budget:.2%}", f"{point.kept:.2%}", f"{point.predicted:.2e}", _spelled(point.heads))
+        for budget, point in listed(i.frontier())
+    ]
+    print_table(
+        "least predicted damage within a cache budget", choices, ("budget", "cache kept", "damage", "shared heads by layer")
+    )
+    for note in notes(i):
+        print(f"- {note}")
+
+
+def _spelled(heads: Sequence[int | None]) -> str:
+    """Heads per layer; `-` is an untouched layer, and `3x8` three layers of 8 in a row."""
+    runs = [(count, len(list(run))) for count, run in groupby(heads)]
+    return " ".join(f"{length}x{count or '-'}" if length > 1 else str(count or "-") for count, length in runs)
 
 
 def size(count: int) -> str:

@@ -1,6 +1,6 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
-The public API is the verbs: `plan`, `convert`, `heal`, `evaluate`, `verify`, `load`. They are loaded when first used, so
+The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `verify`, `load`. They are loaded when first used, so
 that importing kvshare costs nothing.
 """
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvshare.errors import KVShareError as KVShareError
     from kvshare.evaluation import evaluate as evaluate
     from kvshare.healing import heal as heal
+    from kvshare.inspection import inspect as inspect
     from kvshare.loading import load as load
     from kvshare.planning import plan as plan
     from kvshare.recipe import load_recipe as load_recipe
@@ -25,6 +26,7 @@ _HOMES = {
     "convert": "conversion",
     "evaluate": "evaluation",
     "heal": "healing",
+    "inspect": "inspection",
     "KVShareError": "errors",
     "load": "loading",
     "load_recipe": "recipe",
@@ -32,7 +34,7 @@ _HOMES = {
     "verify": "verification",
 }
 
-__all__ = ["KVShareError", "convert", "evaluate", "heal", "load", "load_recipe", "plan", "verify"]
+__all__ = ["KVShareError", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

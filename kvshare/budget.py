@@ -65,7 +65,31 @@ def choose_budget(costs: Sequence[Sequence[int]], damages: Sequence[Sequence[flo
     Raises:
         ValueError: even the cheapest options cost more than the budget.
     """
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # by what is spent: damage so far, options taken
+    best = _least_by_cost(costs, damages, budget)
+    if not best:
+        raise ValueError(f"no choice of options costs {budget} or less")
+    return min((damage, spent, taken) for spent, (damage, taken) in best.items())[2]
+
+
+def frontier(costs: Sequence[Sequence[int]], damages: Sequence[Sequence[float]]) -> list[tuple[int, float, tuple[int, ...]]]:
+    """What `choose_budget` gives for all budgets: what is spent, the damage and the options, wherever the damage falls.
+
+    Args:
+        costs, damages: as for `choose_budget`.
+    """
+    best = _least_by_cost(costs, damages, sum(max(layer) for layer in costs))
+    points: list[tuple[int, float, tuple[int, ...]]] = []
+    for spent, (damage, taken) in sorted(best.items()):
+        if not points or damage < points[-1][1]:
+            points.append((spent, damage, taken))
+    return points
+
+
+def _least_by_cost(
+    costs: Sequence[Sequence[int]], damages: Sequence[Sequence[float]], budget: int
+) -> dict[int, tuple[float, tuple[int, ...]]]:
+    """By what all layers spend together, within the budget: the least damage, and the option of each layer."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for layer_costs, layer_damages in zip(costs, damages, strict=True):
         reached: dict[int, tuple[float, tuple[int, ...]]] = {}
         for spent, (damage, taken) in best.items():
@@ -74,9 +98,7 @@ def choose_budget(costs: Sequence[Sequence[int]], damages: Sequence[Sequence[flo
                 if total <= budget and (total not in reached or damage + more < reached[total][0]):
                     reached[total] = (damage + more, (*taken, option))
         best = reached
-    if not best:
-        raise ValueError(f"no choice of options costs {budget} or less")
-    return min((damage, spent, taken) for spent, (damage, taken) in best.items())[2]
+    return best
 
 
 def resolve_heads(wanted: int | str, source_heads: int, reasons: list[str]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,16 @@ from kvshare.layout import pack, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
-from kvshare.merge.regroup import MergeReport, merge_svd, search_grouping, solve_layer
-from kvshare.moments import MomentSums, Weighting
+from kvshare.merge.regroup import (
+    MergeReport,
+    choose_grouping,
+    divided,
+    merge_svd,
+    pair_losses,
+    search_grouping,
+    solve_layer,
+)
+from kvshare.moments import MomentSums, Weighting, fits_apart
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
@@ -60,6 +69,18 @@ class MergedLayer:
     module: nn.Module | None
     weights: AttentionWeights | None
     report: LayerReport | None
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The closed form of one layer: the source's weights, the moments it was solved on, one solution per output head, and what
+    it predicts.
+    """
+
+    weights: AttentionWeights
+    moments: Moments
+    solutions: list[GroupSolution]
+    report: MergeReport
 
 
 @dataclass(frozen=True)
@@ -163,16 +184,42 @@ def merge_alone(
         the singular values dropped predict, keys and values weighted as they count to first order.
     """
     view = _View(layer, plan.family, call, hidden, wanted, device)
-    attention, settings = attention_of(layer, plan.family), plan.recipe.merge
-    weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, call))
-    for kv_heads in options:
-        grouping = _grouping(view, weights, kv_heads, settings)
-        moments = _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting)
-        solutions = solve_layer(weights, moments, iterations=ALONE_ITERATIONS)
-        _, predicted = merge_svd(weights, moments.grouping, solutions)
-        merged, _, _ = _closed_form(view, weights, moments, settings, solutions, ALONE_ITERATIONS)
+    settings = plan.recipe.merge
+    for solved in _solved(view, plan, options):
+        merged, _, _ = _closed_form(view, solved.weights, solved.moments, settings, solved.solutions, ALONE_ITERATIONS)
         merged, _ = _refitted(view, merged, settings)
-        yield with_weights(layer, plan.family, merged), predicted.loss
+        yield with_weights(layer, plan.family, merged), solved.report.loss
+
+
+def solve_alone(
+    layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, options: Sequence[int], device: torch.device
+) -> Iterator[Solved]:
+    """The closed form of one layer of the source for each of several numbers of heads, as `merge_alone` takes it, without
+    applying it: what is lost is predicted, and nothing is measured. For the arguments see there.
+    """
+    return _solved(_View(layer, plan.family, call, hidden, hidden, device), plan, options)
+
+
+def _solved(view: _View, plan: Plan, options: Sequence[int]) -> Iterator[Solved]:
+    attention, settings = attention_of(view.layer, plan.family), plan.recipe.merge
+    weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, view.call))
+    part, heads = _part(view, settings.moment_tokens), (tuple(range(weights.kv_heads)),)
+    # the moments of all heads as one group hold those of all other groups, as long as each head has its own
+    whole = None
+    if len(options) > 1 and fits_apart(weights, weights.kv_heads):
+        whole = _moments(part, weights, heads, settings.weighting)
+    pair_loss = cache(lambda: pair_losses(weights, _scout(view, weights)))
+    for kv_heads in options:
+        grouping = _sides(weights, kv_heads)
+        if _searches(weights, kv_heads, settings):
+            grouping = choose_grouping(weights.kv_heads, kv_heads, pair_loss())
+        if whole is None:
+            moments = _moments(part, weights, grouping, settings.weighting)
+        else:
+            moments = divided(whole, grouping, weights.head_dim)
+        solutions = solve_layer(weights, moments, iterations=ALONE_ITERATIONS)
+        _, report = merge_svd(weights, moments.grouping, solutions)
+        yield Solved(weights, moments, solutions, report)
 
 
 def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:
@@ -214,12 +261,26 @@ def _merge_layer(
 
 def _grouping(view: _View, weights: AttentionWeights, kv_heads: int, settings: Merge) -> Grouping:
     """Which source heads end in which output head, searched on part of the calibration text where there is a choice."""
-    heads = tuple(range(weights.kv_heads))
-    if kv_heads in (1, len(heads)) or settings.grouping == "neighbours":
-        size = len(heads) // kv_heads
-        return tuple(heads[start : start + size] for start in range(0, len(heads), size))
+    if _searches(weights, kv_heads, settings):
+        return search_grouping(weights, _scout(view, weights), kv_heads)
+    return _sides(weights, kv_heads)
+
+
+def _searches(weights: AttentionWeights, kv_heads: int, settings: Merge) -> bool:
+    """Whether there is a choice of which heads to merge, and it is to be made."""
+    return kv_heads not in (1, weights.kv_heads) and settings.grouping == "search"
+
+
+def _sides(weights: AttentionWeights, kv_heads: int) -> Grouping:
+    """Heads that stand side by side, in `kv_heads` groups."""
+    heads, size = tuple(range(weights.kv_heads)), weights.kv_heads // kv_heads
+    return tuple(heads[start : start + size] for start in range(0, len(heads), size))
+
+
+def _scout(view: _View, weights: AttentionWeights) -> Moments:
+    """Moments of all heads as one group, on part of the calibration text: enough to say which heads to merge."""
     share = replace(view, hidden=view.hidden[: _share(view.hidden)])
-    return search_grouping(weights, _moments(share, weights, (heads,), "projections"), kv_heads)
+    return _moments(share, weights, (tuple(range(weights.kv_heads)),), "projections")
 
 
 def _part(view: _View, tokens: int) -> _View:

@@ -49,6 +49,12 @@ class Attending:
     scaling: float
 
 
+def fits_apart(weights: AttentionWeights, heads: int) -> bool:
+    """Whether each of the source heads of a group of `heads` may have moments of its own."""
+    has_bias = weights.k_bias is not None or weights.v_bias is not None
+    return heads * (2 * heads * weights.head_dim + has_bias) ** 2 <= ROW_SUM
+
+
 class MomentSums:
     """Running sums of a layer's `Moments`, one batch of attention inputs at a time.
 
@@ -67,7 +73,7 @@ class MomentSums:
         self.values: list[Tensor] = []
         for group in grouping:
             numbers = 2 * len(group) * width + self.has_bias
-            fits = len(group) * numbers**2 <= ROW_SUM
+            fits = fits_apart(weights, len(group))
             for sums, shared in ((self.keys, alike), (self.values, weighting != "attention")):
                 count = len(group) if fits and not shared else 1
                 sums.append(torch.zeros(count, numbers, numbers, dtype=torch.float64, device=device))

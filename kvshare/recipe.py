@@ -18,6 +18,7 @@ from kvshare.errors import UsageError, closest
 DEFAULT_RECIPE = "half"
 SELF = "self"  # text that the source model writes
 CALIBRATED = ("svd", "learned")  # initialisations that take text
+INSPECTED_TOKENS = 8_192  # text that a model is looked at on before it is converted
 
 
 def _kv_heads(value: int | str) -> int | str:

@@ -141,7 +141,7 @@ def measure_sensitivity(model: Any, plan: Plan, rows: Tensor, device: torch.devi
     progress("measuring sensitivity", 0, len(layers) * len(shared))
     for index, (layer, call) in enumerate(behind):
         wanted, leaving = source_pass(layer, plan.family, hidden, call, device)
-        relative = _per_energy(hidden + wanted)
+        relative = per_energy(hidden + wanted)
         options = [Damage(None, head_units((None,), heads), 0.0, 0.0)]
         for count, (merged, error) in zip(shared, merge_alone(layer, plan, call, hidden, wanted, shared, device), strict=True):
             given = _through(behind[index + 1 :], passed(merged, entering, call, device), device)
@@ -164,7 +164,7 @@ def _through(layers: Sequence[tuple[Any, Any]], hidden: Tensor, device: torch.de
     return hidden
 
 
-def _per_energy(hidden: Tensor) -> float:
+def per_energy(hidden: Tensor) -> float:
     """E[1 / |x|^2] over tokens: what norms make of squared errors. A token of huge energy, as some models have, counts little."""
     return float(torch.linalg.vector_norm(hidden, dim=-1).double().clamp_min(1e-15).pow(-2).mean())
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kvshare
-from kvshare.budget import budget_units, choose_budget, divisors, head_units, stored_heads
+from kvshare.budget import budget_units, choose_budget, divisors, frontier, head_units, stored_heads
 from kvshare.calibrate import first_inputs
 from kvshare.errors import UsageError
 from kvshare.healing import distillation_loss
@@ -56,6 +56,19 @@ def test_the_choice_is_the_best_of_all(layers: list[list[tuple[int, float]]], bu
     taken = choose_budget(costs, damages, budget)
     assert sum(costs[layer][option] for layer, option in enumerate(taken)) <= budget
     assert sum(damages[layer][option] for layer, option in enumerate(taken)) == pytest.approx(best)
+
+
+@given(st.lists(OPTIONS, min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_the_frontier_is_the_best_choice_of_every_budget(layers: list[list[tuple[int, float]]]) -> None:
+    costs, damages = [[cost for cost, _ in layer] for layer in layers], [[damage for _, damage in layer] for layer in layers]
+    points = frontier(costs, damages)
+    for budget in range(sum(max(layer) for layer in costs) + 1):
+        within = [damage for spent, damage, _ in points if spent <= budget]
+        assert (within[-1] if within else math.inf) == pytest.approx(least(costs, damages, budget))
+    for spent, damage, taken in points:
+        assert sum(costs[layer][option] for layer, option in enumerate(taken)) == spent
+        assert sum(damages[layer][option] for layer, option in enumerate(taken)) == pytest.approx(damage)
 
 
 def test_of_equal_damages_the_cheapest_is_taken() -> None:

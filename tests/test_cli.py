@@ -25,7 +25,7 @@ from kvshare.recipe import load_recipe, recipe_names, recipe_text
 from kvshare.source import INDEX
 
 SCRIPT = Path(sys.executable).with_name("kvshare")
-VERBS = {"plan": "plan", "convert": "convert", "heal": "heal", "eval": "evaluate", "verify": "verify"}
+VERBS = {"inspect": "inspect", "plan": "plan", "convert": "convert", "heal": "heal", "eval": "evaluate", "verify": "verify"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 FIGURES = {
     "perplexity",

@@ -55,15 +55,20 @@ def solve_layer(
         iterations: the most steps of the search; None for as many as are worth while.
         joint: whether heads are merged and K and V shared in one problem; one after the other is there to be compared with.
     """
-    weights = weights.to(torch.float64)
-    problems = [
-        _problem(weights, group, keys, values, moments, balance)
-        for group, keys, values in zip(moments.grouping, moments.keys, moments.values, strict=True)
-    ]
+    problems = layer_problems(weights, moments, balance)
     if not joint:
         return [solve_in_turn(problem) for problem in problems]
     known: Sequence[GroupSolution | None] = starts or [None] * len(problems)
     return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
+
+
+def layer_problems(weights: AttentionWeights, moments: Moments, balance: float = 1.0) -> list[GroupProblem]:
+    """The problem of every output head of a layer, in float64; for the arguments see `solve_layer`."""
+    weights = weights.to(torch.float64)
+    return [
+        _problem(weights, group, keys, values, moments, balance)
+        for group, keys, values in zip(moments.grouping, moments.keys, moments.values, strict=True)
+    ]
 
 
 def merge_svd(
@@ -90,20 +95,38 @@ def search_grouping(weights: AttentionWeights, scout: Moments, kv_heads: int) ->
         scout: moments of all heads as one group; those that weigh by projections do.
         kv_heads: KV heads of the result; divides the source's.
     """
-    weights = weights.to(torch.float64)
-    heads, width = weights.kv_heads, weights.head_dim
-    numbers = torch.arange(2 * heads * width).view(2, heads, width)
-    rest = torch.arange(2 * heads * width, scout.keys[0].shape[-1])
+    return choose_grouping(weights.kv_heads, kv_heads, pair_losses(weights, scout))
 
+
+def pair_losses(weights: AttentionWeights, scout: Moments) -> Callable[[int, int], float]:
+    """What two heads of a layer lose when they are merged; each pair is solved once. For the arguments see `search_grouping`."""
+
+    @cache
     def pair_loss(first: int, second: int) -> float:
-        pair = [first, second]
-        index = torch.cat([numbers[:, pair].flatten(), rest]).to(scout.key_metric.device)
-        keys, values = (
-            (part if len(part) == 1 else part[pair])[:, index[:, None], index] for part in (scout.keys[0], scout.values[0])
-        )
-        return solve_group(_problem(weights, (first, second), keys, values, scout, 1.0), PAIR_ITERATIONS).loss
+        (problem,) = layer_problems(weights, divided(scout, ((first, second),), weights.head_dim))
+        return solve_group(problem, PAIR_ITERATIONS).loss
 
-    return choose_grouping(heads, kv_heads, pair_loss)
+    return pair_loss
+
+
+def divided(whole: Moments, grouping: Grouping, head_dim: int) -> Moments:
+    """The moments of other groups, from those of all heads as one group.
+
+    Args:
+        whole: of a single group, which holds all heads in their order.
+        grouping: any groups of these heads.
+        head_dim: numbers of a head.
+    """
+    heads = len(whole.key_metric)
+    numbers = torch.arange(2 * heads * head_dim).view(2, heads, head_dim)
+    rest = torch.arange(2 * heads * head_dim, whole.keys[0].shape[-1])
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for group in grouping:
+        index = torch.cat([numbers[:, list(group)].flatten(), rest]).to(whole.key_metric.device)
+        for parts, part in ((keys, whole.keys[0]), (values, whole.values[0])):
+            parts.append((part if len(part) == 1 else part[list(group)])[:, index[:, None], index])
+    return Moments(grouping, tuple(keys), tuple(values), whole.key_metric, whole.value_metric)
 
 
 def _problem(

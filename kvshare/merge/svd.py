@@ -210,7 +210,23 @@ def _top_directions(problem: GroupProblem, free: bool) -> Tensor:
         problem: of one head, or of any number of heads where keys are read freely.
         free: keys are read from s in any coordinates. Otherwise P is written in those of the keys.
     """
-    width, n, heads = problem.width, problem.numbers, problem.heads
+    width = problem.width
+    weighted, scale = weighted_second(problem)
+    basis = torch.linalg.eigh(weighted).eigenvectors[:, -width:]  # U (2 g D, D)
+    if free:
+        return basis.T @ scale
+    left, singular, right = torch.linalg.svd(basis[:width])
+    # Directions that hold no key energy would vanish from s in key coordinates; a floor keeps them for the values.
+    key_part = left @ torch.diag(singular.clamp_min(FLOOR)) @ right
+    return torch.linalg.solve(_ridged(scale[:width, :width], 1e-6), key_part) @ basis.T @ scale
+
+
+def weighted_second(problem: GroupProblem) -> tuple[Tensor, Tensor]:
+    """Z Z^T of method.md, section 2, as L E[u u^T] L^T (2 g D, 2 g D), and L, the roots of the metrics, of the same shape.
+
+    Keys and values have moments of their own: E[u u^T] is the sum of both, each relative to the energy that it weighs.
+    """
+    n, heads = problem.numbers, problem.heads
     second = torch.zeros(n, n, dtype=problem.keys.dtype, device=problem.keys.device)
     for moments, target, metric in (
         (problem.keys, problem.key_target, problem.key_metric),
@@ -218,15 +234,8 @@ def _top_directions(problem: GroupProblem, free: bool) -> Tensor:
     ):
         energies = (metric * (target @ moments @ target.transpose(1, 2))).sum((1, 2)).clamp_min(1e-30)  # (g)
         second = second + (moments[:, :n, :n].expand(heads, -1, -1) / energies[:, None, None]).sum(0)
-    roots = [_root(metric) for metric in (*problem.key_metric, *problem.value_metric)]
-    scale = torch.block_diag(*roots)  # L (2 g D, 2 g D)
-    basis = torch.linalg.eigh(_symmetric(scale @ second @ scale.T)).eigenvectors[:, -width:]  # U (2 g D, D)
-    if free:
-        return basis.T @ scale
-    left, singular, right = torch.linalg.svd(basis[:width])
-    # Directions that hold no key energy would vanish from s in key coordinates; a floor keeps them for the values.
-    key_part = left @ torch.diag(singular.clamp_min(FLOOR)) @ right
-    return torch.linalg.solve(_ridged(roots[0], 1e-6), key_part) @ basis.T @ scale
+    scale = torch.block_diag(*(root(metric) for metric in (*problem.key_metric, *problem.value_metric)))
+    return _symmetric(scale @ second @ scale.T), scale
 
 
 def _common_keys(problem: GroupProblem) -> Tensor:
@@ -240,7 +249,7 @@ def _common_keys(problem: GroupProblem) -> Tensor:
     pairs = _averaged(problem.key_metric[:, :r, :r], gauge_matrix(_common_scales(problem, second)), width)
     if r == width:
         return pairs
-    roots = torch.stack([_root(metric) for metric in problem.key_metric[:, r:, r:]])
+    roots = torch.stack([root(metric) for metric in problem.key_metric[:, r:, r:]])
     weighted = (roots @ problem.key_target[:, r:]).flatten(0, 1)  # (g (D - r), n)
     top = torch.linalg.eigh(_symmetric(weighted @ second @ weighted.T)).eigenvectors[:, r - width :]  # (g (D - r), D - r)
     return torch.cat([pairs, top.T @ weighted[:, : problem.numbers]])
@@ -296,10 +305,8 @@ def _settled(problem: GroupProblem, projection: Tensor) -> GroupSolution:
     solution = read(problem, projection, zero, zero)
     if not (problem.key_constant or problem.value_constant):
         return solution
-    keys = _covariance(problem.keys) if problem.key_constant else problem.keys
-    values = _covariance(problem.values) if problem.value_constant else problem.values
     # readers of what varies fit whatever the constants are
-    key_readers, value_readers = _both(read(replace(problem, keys=keys, values=values), projection, zero, zero))
+    key_readers, value_readers = _both(read(varying(problem), projection, zero, zero))
     for _ in range(SETTLING):
         constants = [
             _constant(second, target, metric, reader, projection) if free else zero
@@ -314,6 +321,13 @@ def _settled(problem: GroupProblem, projection: Tensor) -> GroupSolution:
         solution = found
         key_readers, value_readers = _both(solution)
     return solution
+
+
+def varying(problem: GroupProblem) -> GroupProblem:
+    """The problem less the mean of u where the output adds a constant of its own, which then holds it for nothing."""
+    keys = _covariance(problem.keys) if problem.key_constant else problem.keys
+    values = _covariance(problem.values) if problem.value_constant else problem.values
+    return replace(problem, keys=keys, values=values)
 
 
 def _both(solution: GroupSolution) -> tuple[Tensor, Tensor]:
@@ -344,7 +358,7 @@ def _ridged(matrix: Tensor, ridge: float = readers.RIDGE) -> Tensor:
     return matrix + ridge * diagonal * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
-def _root(matrix: Tensor) -> Tensor:
+def root(matrix: Tensor) -> Tensor:
     """The symmetric square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh(_symmetric(matrix))
     return vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T

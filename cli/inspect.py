@@ -1,0 +1,30 @@
+"""`kvshare inspect`: the low-rank regime of a model, before anything is converted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from kvshare.cli import options
+from kvshare.cli.render import print_inspection, print_json, shown_progress
+
+
+def run(
+    model: options.Model,
+    output: options.Output,
+    data: Annotated[str | None, typer.Option(help=f"Text to look at the model on. {options.DATA}, the default.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show how low the rank of K and V is, layer by layer, and what sharing would drop: a page, JSON and plots."""
+    from kvshare import inspect
+
+    with shown_progress() as progress:
+        result = inspect(model, output, data=data, tokens=tokens, seed=seed, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json(result.to_dict() | {"output": str(result.output)})
+        return
+    print_inspection(result)
+    print(f"written to {result.output}; open {result.output / 'index.html'} in a browser")

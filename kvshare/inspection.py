@@ -1,0 +1,174 @@
+"""The low-rank regime of a model, before anything is converted: figures per layer and head, plots, and one page.
+
+In: a model and a little text. Out: an `Inspection`, and a folder with `index.html`, `inspection.json` and the plots.
+Never: changes the model, measures damage behind a layer, holds more than one layer once there is text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.budget import divisors, head_units
+from kvshare.calibrate import LayerCall, first_inputs, rotary_dim
+from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
+from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.findings import Inspection, LayerFigures, LayerOption
+from kvshare.layerwise import Solved, attention_of, solve_alone, source_pass
+from kvshare.loading import load_native
+from kvshare.merge.regroup import layer_problems
+from kvshare.page import render_page
+from kvshare.planning import Plan, make_plan
+from kvshare.plots import draw, png, svg
+from kvshare.progress import Progress, silent
+from kvshare.recipe import INSPECTED_TOKENS, SELF, load_recipe
+from kvshare.sensitivity import per_energy
+from kvshare.source import ITEM_BYTES, open_source
+from kvshare.spectra import HeadFigures, head_figures, joint_energies
+from kvshare.streaming import Skeleton, open_skeleton, read_layer
+
+
+def inspect(
+    model: str | Path,
+    output: str | Path,
+    *,
+    data: str | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Inspection:
+    """Show what a conversion would have to work with: how low the rank of K and V is, how far they overlap, what sharing drops.
+
+    Args:
+        model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
+        output: a new folder, for the page, the figures as JSON and the plots.
+        data: the text to look at the model on; None or `self` has the model write it.
+        tokens: how many; None for the default.
+        seed: decides samples and the order of documents; None for the default.
+        overwrite: replace an output that kvshare wrote.
+        progress: called on the way.
+
+    Raises:
+        KVShareError: see the modules `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
+    """
+    recipe = load_recipe(None, calibration__data=data, calibration__tokens=tokens or INSPECTED_TOKENS, seed=seed)
+    target = Path(output)
+    source = open_source(model)
+    plan = make_plan(source, recipe)
+    check_output(target, source.path, overwrite)
+    tokenizer, settings = load_tokenizer(source.path), recipe.calibration
+    check_data(settings.data)
+    check_tokenizer(tokenizer, settings.data)
+
+    def written(done: int, total: int) -> None:
+        progress("writing text with the source model", done, total)
+
+    with workspace(target) as work:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        writer = load_native(source.path, dtype=torch.float32).to(device) if settings.data == SELF else None
+        rows = load_rows(settings.data, tokenizer, writer, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
+        del writer  # what follows takes a layer at a time
+        layers = tuple(inspect_layers(open_skeleton(source, plan.family), plan, rows, device, progress))
+        result = Inspection(
+            target,
+            source.name,
+            source.commit,
+            source.model_type,
+            plan.source_kv_heads,
+            int(source.config[plan.family.field("num_attention_heads")]),
+            plan.head_dim,
+            int(source.config[plan.family.field("hidden_size")]),
+            8 * ITEM_BYTES[source.tensors[plan.family.weight(0, "k")].dtype],
+            plan.family.kv_heads is not None,
+            Path(settings.data).name if Path(settings.data).is_file() else settings.data,
+            rows.numel(),
+            recipe.seed,
+            layers,
+        )
+        staged = fresh_folder(work / "inspection")
+        write_files(staged, result)
+        publish(staged, target)
+    return result
+
+
+def write_files(folder: Path, inspection: Inspection) -> None:
+    """The figures, the plots and the page of an inspection, into an empty folder."""
+    write_json(folder / "inspection.json", inspection.to_dict())
+    plots = draw(inspection)
+    for plot in plots:
+        (folder / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+        (folder / f"{plot.name}.png").write_bytes(png(plot))
+    (folder / "index.html").write_text(render_page(inspection, plots), encoding="utf-8")
+
+
+def inspect_layers(
+    skeleton: Skeleton, plan: Plan, rows: Tensor, device: torch.device, progress: Progress = silent
+) -> Iterator[LayerFigures]:
+    """The figures of every layer, in order, one layer at a time, each on the source's own hidden states.
+
+    Args:
+        skeleton: the source.
+        plan: of its conversion.
+        rows: token ids (rows, length).
+        device: where one layer at a time is computed.
+        progress: called on the way.
+    """
+    options = divisors(plan.source_kv_heads) if plan.family.kv_heads else (plan.source_kv_heads,)
+    hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
+    for index, call in enumerate(calls):
+        progress("inspecting layers", index, len(calls))
+        layer = read_layer(skeleton, index, device)
+        wanted, behind = source_pass(layer, plan.family, hidden, call, device)
+        yield inspect_layer(layer, plan, call, index, hidden, wanted, options, device)
+        hidden = behind
+    progress("inspecting layers", len(calls), len(calls))
+
+
+def inspect_layer(
+    layer: nn.Module,
+    plan: Plan,
+    call: LayerCall,
+    index: int,
+    hidden: Tensor,
+    wanted: Tensor,
+    options: Sequence[int],
+    device: torch.device,
+) -> LayerFigures:
+    """The figures of one layer; one whose attention output is not finite says so in `refused`.
+
+    Args:
+        layer: the source's decoder layer on `device`, float32.
+        plan: of the conversion.
+        call: how the layer is called.
+        index: of the layer.
+        hidden: what enters the layer (rows, length, hidden).
+        wanted: what its attention gives there (rows, length, hidden).
+        options: the numbers of KV heads to share; the first is the source's.
+        device: where to compute.
+    """
+    turned = rotary_dim(attention_of(layer, plan.family), plan.family, call)
+    if not bool(torch.isfinite(wanted).all()):
+        return LayerFigures(index, turned, (), (), (), "its attention output on this text is not finite")
+    found = list(solve_alone(layer, plan, call, hidden, options, device))
+    relative = per_energy(hidden + wanted)
+    heads, spectrum = _heads(found[0])
+    choices = tuple(
+        LayerOption(count, head_units((count,), plan.source_kv_heads), solved.report.loss * relative)
+        for count, solved in zip(options, found, strict=True)
+    )
+    return LayerFigures(index, turned, heads, spectrum, choices)
+
+
+def _heads(solved: Solved) -> tuple[tuple[HeadFigures, ...], tuple[float, ...]]:
+    """The figures of each head, from moments in which every head is a group, and the spectrum of [K;V] averaged over heads."""
+    problems = layer_problems(solved.weights, solved.moments)
+    heads = tuple(
+        head_figures(head, problem, solution)
+        for head, (problem, solution) in enumerate(zip(problems, solved.solutions, strict=True))
+    )
+    shares = torch.stack([joint_energies(problem) for problem in problems])  # (heads, 2 head_dim)
+    return heads, tuple((shares / shares.sum(1, keepdim=True).clamp_min(1e-30)).mean(0).tolist())
