@@ -24,7 +24,7 @@ from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
 from kvshare.quantised import quantised_bytes, through_quantised_cache
 from kvshare.recipe import Evaluation, Probes, load_recipe, settings_of
-from kvshare.source import ITEM_BYTES, open_source, read_header, read_json, weight_files
+from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
 from kvshare.verification import read_block
 
 PROMPT_TOKENS, GENERATED_TOKENS = 16, 48  # of the sequence whose cache is measured
@@ -169,6 +169,8 @@ def evaluate(
     )
     recipe = load_recipe(None, evaluation__tokens=tokens, evaluation__data=data, seed=seed)
     folders = [Path(checkpoint)] if isinstance(checkpoint, str | Path) else [Path(folder) for folder in checkpoint]
+    from transformers import AutoConfig
+
     _check_checkpoints(folders, probes)
     check_data(data)
     source = open_source(against)
@@ -176,7 +178,8 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_native(source.path, dtype=torch.float32).to(device)
     for folder in folders:
-        if read_json(folder / "config.json").get("vocab_size") != teacher.config.vocab_size:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if config.vocab_size != teacher.config.vocab_size:
             raise UsageError(
                 f"{folder} and {source.name} cannot be compared",
                 "their vocabularies differ",

@@ -148,6 +148,8 @@ class Bench(_Settings):
     batch_sizes: tuple[Positive, ...] = Field((1, 4), min_length=1)
     repeats: Positive = 5
     new_tokens: Positive = 16
+    seed: Natural = 0
+    """Of the prompts' random tokens."""
 
 
 Settings = TypeVar("Settings", Probes, Bench)
