@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvshare.errors import UsageError, closest
@@ -54,6 +55,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
             raise UsageError(f"lm-eval knows no task {task!r}", "tasks are named as lm-eval names them", closest(task, known))
 
 
+@torch.no_grad()
 def run_tasks(model: Any, tokenizer: Any, tasks: Sequence[str], forward: Forward) -> tuple[TaskValue, ...]:
     """Run tasks on a loaded model with lm-eval's own numbers of shots and metrics.
 

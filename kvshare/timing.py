@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def measure_pair(model: Any, source: Any, batch_size: int, context: int, new_tok
         cache = run_once(one, ids, new_tokens, clock).cache  # not timed: lazy work of a first run happens here
         held.append(cache_bytes(cache))
         del cache
-        peaks.append(held_bytes(one) + peak_above(lambda one=one: run_once(one, ids, new_tokens, clock), device))
+        peaks.append(held_bytes(one) + peak_above(partial(run_once, one, ids, new_tokens, clock), device))
     seconds: tuple[list[Pass], list[Pass]] = ([], [])
     for repeat in range(repeats):
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):

@@ -14,7 +14,7 @@ import transformers.models.llama.modeling_llama as llama
 from conftest import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import kvshare
 from kvshare.data import load_tokenizer, token_rows
@@ -47,7 +47,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def source(source_folder: Callable[[str], Path]) -> Any:
-    return load_native(source_folder("llama-gqa"), dtype=torch.float32)
+    return load_native(source_folder("llama-gqa"), dtype=torch.float32).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +103,18 @@ def integers(x: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantised_cache_is_read_as_integers(source: Any, rows: Tensor, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = through_quantised_cache(source, bits)(rows[:2])
+    # one implementation for both: the least difference in a hidden state may round a number of the next layer the other way
+    monkeypatch.setattr(source.config, "_attn_implementation", "eager")
+    given, unrounded = through_quantised_cache(source, bits)(rows[:2]), plain_forward(source)(rows[:2])
     eager = llama.eager_attention_forward
 
     def rounding(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         return eager(module, query, integers(key, bits), integers(value, bits), *args, **kwargs)
 
     monkeypatch.setattr(llama, "eager_attention_forward", rounding)
-    monkeypatch.setattr(source.config, "_attn_implementation", "eager")
-    expected = source(input_ids=rows[:2], use_cache=False).logits
-    assert torch.allclose(given, expected, atol=1e-4)
-    plain = source(input_ids=rows[:2], past_key_values=DynamicCache(config=source.config))
-    assert torch.allclose(expected, plain.logits, atol=1e-4)  # patched, so rounded as well: the patch is what is compared
-    monkeypatch.undo()
-    assert (given - plain_forward(source)(rows[:2])).abs().max() > 1e-3
+    expected = plain_forward(source)(rows[:2])
+    assert torch.allclose(given, expected, atol=1e-5)
+    assert (unrounded - expected).abs().max() > 1e-3
 
 
 def test_rounding_keeps_what_it_can() -> None:
