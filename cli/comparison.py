@@ -32,7 +32,10 @@ def print_reports(reports: Sequence[tuple[str, Report]]) -> None:
         print_table(f"sliding windows of {context.context} tokens, {context.tokens:,} tokens scored", rows, columns)
     if first.positions:
         rows = [
-            (f"{p.first} to {p.last}", *(f"{_real(q.kl, q.kl_error, 4)}, {q.token_agreement:.1%}" for q in each))
+            (
+                f"{p.first} to {p.last}",
+                *(f"{_real(q.kl, q.kl_error, 4)}, {_share(q.token_agreement, q.token_agreement_error)}" for q in each),
+            )
             for p, *each in zip(first.positions, *(r.positions for r in found), strict=True)
         ]
         print_table("KL to the source and next-token agreement by tokens before", rows, ("", *names))

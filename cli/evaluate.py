@@ -54,5 +54,6 @@ def run(
     elif as_json:
         print_json({"reports": [{"checkpoint": str(c)} | r.to_dict() for c, r in zip(checkpoint, reports, strict=True)]})
     else:
-        names = ["converted"] if len(reports) == 1 else [str(folder) for folder in checkpoint]
+        short = [folder.name for folder in checkpoint]
+        names = ["converted"] if len(short) == 1 else short if len({*short}) == len(short) else [str(c) for c in checkpoint]
         print_reports(list(zip(names, reports, strict=True)))
