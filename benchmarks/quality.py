@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache
 
 import kvshare
 from kvshare.checkpoint import write_json
 from kvshare.data import load_tokenizer
-from kvshare.evaluation import compare, evaluation_rows, read_questions, recall, stored_bytes
+from kvshare.evaluation import compare_quantised, evaluation_rows, stored_bytes
 from kvshare.loading import load_native
 from kvshare.progress import silent
 from kvshare.recipe import load_recipe
+from kvshare.retrieval import read_questions, recall
 from kvshare.source import open_source
 
 INITS = ("mean", "svd", "learned")
@@ -47,35 +47,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 REGROUPING = ("heads merged first, K and V shared after", "neighbouring heads merged")  # nothing to show with every head kept
 BUDGETS = (0.5, 0.375, 0.25, 0.125)
 FIGURES = ("perplexity_increase", "kl", "token_agreement", "cache_reduction", "perplexity", "source_perplexity")
-
-
-def int8(x: torch.Tensor) -> torch.Tensor:
-    """Round trip through 8 bits with one scale per token and head; x (batch, heads, tokens, width)."""
-    if x.shape[-1] == 0:
-        return x
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x / scale).round() * scale
-
-
-class Int8Cache(DynamicCache):
-    """A cache whose content has passed through 8 bits."""
-
-    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, after rounding."""
-        return super().update(int8(key_states), int8(value_states), layer_idx, *args, **kwargs)
-
-
-class WithInt8Cache(torch.nn.Module):
-    """A model that reads every key and value through an `Int8Cache`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.config = model, model.config
-        self.generate, self.generation_config = model.generate, model.generation_config
-
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> Any:
-        """Logits of a whole row, (rows, length) in."""
-        return self.model(input_ids=input_ids, past_key_values=Int8Cache(config=self.config), use_cache=True)
 
 
 class Book:
@@ -167,10 +138,9 @@ def with_int8(model: str, folder: Path | None, options: argparse.Namespace) -> d
     student = source if folder is None else kvshare.load(folder, dtype=torch.float32)
     settings = load_recipe(None, evaluation__data=options.eval_data, evaluation__tokens=options.eval_tokens).evaluation
     rows = evaluation_rows(settings, load_tokenizer(open_source(model).path), source, 0, silent)
-    report = compare(WithInt8Cache(student), source, rows, options.eval_data, stored_bytes(open_source(model).path))
-    # 8 of 16 bits, and a 16-bit scale for every head_dim numbers
-    kept = (1 - report.cache_reduction) * (0.5 + 1 / int(source.config.head_dim))
-    return figures(report) | {"cache_reduction": 1 - kept}
+    report = compare_quantised(student, source, rows, 8, stored_bytes(open_source(model).path))
+    values = {name: getattr(report, name) for name in FIGURES if name != "source_perplexity"}
+    return values | {"source_perplexity": report.perplexity / (1 + report.perplexity_increase)}
 
 
 def recalled(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:

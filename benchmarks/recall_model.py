@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvshare.data import load_tokenizer
-from kvshare.evaluation import Question, recall
+from kvshare.retrieval import Question, recall
 from kvshare.source import TINY, open_source
 
 FIRST = "Al Bren Cor Dar El Fen Gar Hal Is Jor Kel Lor Mar Nor Os Pel Quin Ros Sel Tar Ul Ver Wyn Yor Zel".split()  # noqa: SIM905

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import typer
-from kvshare.cli import convert, evaluate, heal, inspect, plan, recipes, verify
+from kvshare.cli import bench, convert, evaluate, heal, inspect, plan, recipes, verify
 
 from kvshare import __version__
 from kvshare.errors import KVShareError
@@ -26,6 +26,7 @@ app.command("plan")(plan.run)
 app.command("convert")(convert.run)
 app.command("heal")(heal.run)
 app.command("eval")(evaluate.run)
+app.command("bench")(bench.run)
 app.command("verify")(verify.run)
 app.add_typer(recipes.app, name="recipes")
 

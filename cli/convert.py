@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 from kvshare.cli import options
-from kvshare.cli.render import print_choice, print_json, print_report, shown_progress
+from kvshare.cli.comparison import print_reports
+from kvshare.cli.render import print_choice, print_json, shown_progress
 
 
 def run(
@@ -60,5 +61,5 @@ def run(
     if result.sensitivity is not None:
         print_choice(result.sensitivity)
     if result.report is not None:
-        print_report(result.report)
+        print_reports([("converted", result.report)])
     print(f"written to {result.output}; load it with kvshare.load({str(result.output)!r})")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvshare.errors import UsageError
+
 Model = Annotated[str, typer.Argument(help="A Hub id (with @revision), a local folder, or kvshare/tiny.")]
 Checkpoint = Annotated[Path, typer.Argument(help="A folder that kvshare wrote.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The new folder.")]
@@ -25,3 +27,24 @@ Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of da
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
+Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]
+LIST = "with commas between them, or the option repeated"
+
+
+def words(values: list[str] | None) -> list[str] | None:
+    """The values of an option that takes several: `a,b` and `c` are three. None stays None: not given."""
+    return None if values is None else [word.strip() for value in values for word in value.split(",") if word.strip()]
+
+
+def integers(option: str, values: list[str] | None) -> list[int] | None:
+    """As `words`, in numbers.
+
+    Raises:
+        UsageError: a word that is no number.
+    """
+    try:
+        return None if values is None else [int(word) for word in words(values) or []]
+    except ValueError:
+        raise UsageError(
+            f"{option} {','.join(values or [])} cannot be read", "it takes whole numbers", f"for example: {option} 128,512"
+        ) from None

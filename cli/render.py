@@ -15,7 +15,6 @@ import typer
 from kvshare.progress import Progress
 
 if TYPE_CHECKING:
-    from kvshare.evaluation import Report
     from kvshare.findings import Inspection
     from kvshare.sensitivity import Sensitivity
 
@@ -36,27 +35,6 @@ def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def print_report(report: Report) -> None:
-    """An evaluation as a table."""
-    r = report
-    print_table(
-        f"{r.tokens:,} tokens of {r.data}",
-        [
-            (
-                "perplexity",
-                f"{r.source_perplexity:.3f} ± {r.source_perplexity_error:.3f}",
-                f"{r.perplexity:.3f} ± {r.perplexity_error:.3f}",
-            ),
-            ("perplexity increase", "", f"{r.perplexity_increase:+.2%} ± {r.perplexity_increase_error:.2%}"),
-            ("KL to the source (nats per token)", "", f"{r.kl:.4f} ± {r.kl_error:.4f}"),
-            ("next-token agreement", "", f"{r.token_agreement:.1%} ± {r.token_agreement_error:.1%}"),
-            ("KV cache, bytes per token", f"{r.source_cache_bytes_per_token:,.0f}", f"{r.cache_bytes_per_token:,.0f}"),
-            ("KV cache saved", "", f"{r.cache_reduction:.2%}"),
-        ],
-        ("", "source", "converted"),
-    )
 
 
 def print_choice(sensitivity: Sensitivity) -> None:

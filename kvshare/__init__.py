@@ -1,7 +1,7 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
-The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `verify`, `load`. They are loaded when first used, so
-that importing kvshare costs nothing.
+The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `load`. They are loaded
+when first used, so that importing kvshare costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvshare.benching import bench as bench
     from kvshare.conversion import convert as convert
     from kvshare.errors import KVShareError as KVShareError
     from kvshare.evaluation import evaluate as evaluate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bench": "benching",
     "convert": "conversion",
     "evaluate": "evaluation",
     "heal": "healing",
@@ -34,7 +36,7 @@ _HOMES = {
     "verify": "verification",
 }
 
-__all__ = ["KVShareError", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "verify"]
+__all__ = ["KVShareError", "bench", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:

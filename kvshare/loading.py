@@ -5,13 +5,17 @@ In: a folder or a `Source`. Out: a transformers model in evaluation mode. Never:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvshare.errors import BadCheckpointError
 from kvshare.verification import verify_form
+
+Forward = Callable[[Tensor], Tensor]  # token ids (rows, length) to logits (rows, length, vocabulary)
 
 
 def load(
@@ -51,6 +55,11 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
     import transformers
 
     return _strict(transformers.AutoModelForCausalLM, folder, dtype=dtype, device_map=device_map, trust_remote_code=False)
+
+
+def plain_forward(model: Any) -> Forward:
+    """A model's own forward, without a cache."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
 def _strict(loader: Any, folder: Path, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -38,6 +38,7 @@ def _kv_heads(value: int | str) -> int | str:
 
 KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
 Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -129,6 +130,47 @@ class Recipe(_Settings):
     fit: Fit = Fit()
     heal: Heal = Heal.model_validate({})
     evaluation: Evaluation = Evaluation()
+
+
+class Probes(_Settings):
+    """What an evaluation measures beyond its first figures: nothing unless it is asked for. No part of a recipe."""
+
+    contexts: tuple[Annotated[int, Field(gt=1)], ...] = ()
+    """Tokens that a window of sliding-window perplexity, or a passkey prompt, holds."""
+    by_position: bool = False
+    recall: Natural = 0
+    """Questions per number of pairs."""
+    passkey: Natural = 0
+    """Keys per context and depth."""
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval tasks, or YAML files of one."""
+    cache_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = ()
+
+
+class Bench(_Settings):
+    """What is timed, and how often. No part of a recipe."""
+
+    contexts: tuple[Positive, ...] = Field((128, 512), min_length=1)
+    batch_sizes: tuple[Positive, ...] = Field((1, 4), min_length=1)
+    repeats: Positive = 5
+    new_tokens: Positive = 16
+    seed: Natural = 0
+    """Of the prompts' random tokens."""
+
+
+Settings = TypeVar("Settings", Probes, Bench)
+
+
+def settings_of(kind: type[Settings], **values: Any) -> Settings:
+    """Validated settings of a measurement from the arguments that a caller gave; None means the default.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise _explain(error, "the command") from None
 
 
 def recipe_names() -> list[str]:

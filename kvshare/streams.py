@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kvshare.calibrate import LayerCall, first_inputs
 from kvshare.data import rows_per_forward
-from kvshare.evaluation import Report, report_of, row_figures
+from kvshare.evaluation import Report, report_of, token_figures
 from kvshare.layerwise import passed
 from kvshare.streaming import Skeleton, last_logits
 
@@ -51,8 +51,8 @@ class Streams:
         figures = []
         for own, wanted, ids in parts:
             logits, source_logits = (last_logits(self.skeleton, states, self.device) for states in (own, wanted))
-            figures.append(row_figures(logits, source_logits, ids.to(self.device)))
-        return report_of(torch.cat(figures), self.rows, data, cache, source_cache)
+            figures.append(token_figures(logits, source_logits, ids.to(self.device)).cpu())
+        return report_of(torch.cat(figures, dim=1), data, cache, source_cache)
 
 
 def open_streams(skeleton: Skeleton, rows: Tensor, device: torch.device) -> Streams:

@@ -25,7 +25,15 @@ from kvshare.recipe import load_recipe, recipe_names, recipe_text
 from kvshare.source import INDEX
 
 SCRIPT = Path(sys.executable).with_name("kvshare")
-VERBS = {"inspect": "inspect", "plan": "plan", "convert": "convert", "heal": "heal", "eval": "evaluate", "verify": "verify"}
+VERBS = {
+    "inspect": "inspect",
+    "plan": "plan",
+    "convert": "convert",
+    "heal": "heal",
+    "eval": "evaluate",
+    "bench": "bench",
+    "verify": "verify",
+}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 FIGURES = {
     "perplexity",
@@ -348,3 +356,71 @@ def test_the_installed_script_returns_the_exit_code(tmp_path: Path) -> None:
     unknown = subprocess.run([SCRIPT, "plan", tmp_path, "--kv-head", "2"], capture_output=True, text=True, check=False)
     assert unknown.returncode == 2
     assert "--kv-heads" in unknown.stderr
+
+
+def strict_json(text: str) -> Any:
+    """JSON without NaN and Infinity, which are none."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_eval_shows_checkpoints_side_by_side(
+    run: Callable[..., Outcome],
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    text_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "trivia.jsonl").write_text('{"question": "The sea is", "choices": ["blue", "cold"], "answer": 1}\n')
+    (tmp_path / "trivia.yaml").write_text(
+        f"task: kvshare_sea\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'trivia.jsonl'}}}\n"
+        "test_split: train\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+    )
+    one, other = converted_folder("llama-gqa"), converted_folder("llama-gqa", 2)
+    asked = (
+        "--against",
+        source_folder("llama-gqa"),
+        "--data",
+        text_file,
+        "--tokens",
+        "512",
+        "--contexts",
+        "80,96",
+        "--by-position",
+    )
+    asked += ("--recall", "2", "--passkey", "1", "--cache-bits", "8", "--cache-bits", "4", "--tasks", tmp_path / "trivia.yaml")
+    result = run("eval", one, other, *asked, "--json")
+    assert result.code == 0, result.err
+    reports = strict_json(result.out)["reports"]
+    assert [report["checkpoint"] for report in reports] == [str(one), str(other)]
+    for report in reports:
+        assert report.keys() >= FIGURES | {"contexts", "positions", "recall", "passkey", "tasks", "quantised", "source_quantised"}
+        assert [q["bits"] for q in report["quantised"]] == [8, 4]
+        assert [t["task"] for t in report["tasks"]] == ["kvshare_sea"] * len(report["tasks"])
+        assert report["tasks"][0].keys() == {*("task", "metric", "value", "value_error", "source_value", "source_value_error")}
+    table = run("eval", one, other, *asked[:-2]).out
+    for text in ("sliding windows of 80 tokens", "4 to 7", "64 pairs", "96 tokens, depth 25%", "the cache in 4 bits"):
+        assert text in table
+    refused(run("eval", one, *asked[:6], "--contexts", "many"), 2, "--contexts many")
+
+
+def test_bench_prints_and_writes_what_it_measured(
+    run: Callable[..., Outcome], converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked = ("bench", converted_folder("llama-gqa"), "--against", source_folder("llama-gqa"), "--contexts", "16", "--repeats", "2")
+    asked += ("--batch-sizes", "1,2", "--new-tokens", "2", "--memory", "1MB")
+    result = run(*asked, "-o", tmp_path / "times", "--json")
+    assert result.code == 0, result.err
+    values = strict_json(result.out)
+    assert values == json.loads((tmp_path / "times" / "bench.json").read_text())
+    assert [(r["batch_size"], r["context"]) for r in values["runs"]] == [(1, 16), (2, 16)]
+    assert all(r["cache_bytes"] * 2 == r["source_cache_bytes"] for r in values["runs"])
+    table = run(*asked).out
+    for text in ("2 x 16", "256 / 512", "fits in 1.0 MB", "not measured: a GPU"):
+        assert text in table
+    refused(run(*asked, "-o", tmp_path / "times"), 2, "exists", "--overwrite")

@@ -1,0 +1,52 @@
+"""A cache in few bits: what rounding costs on top of sharing, and what it saves.
+
+In: a model. Out: a forward that reads keys and values through the rounding; the bytes that such a cache takes.
+Never: changes a model, claims speed: numbers are rounded as a quantised cache would, and stay in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvshare.loading import Forward
+
+SCALE_BYTES = 2  # a float16 for every token and head, of keys and of values
+
+
+def round_trip(x: Tensor, bits: int) -> Tensor:
+    """Numbers x (batch, heads, tokens, width) through integers of `bits` bits, with one scale per token and head.
+
+    q = round(x / s) within +-(2^(bits - 1) - 1), s = max |x| / (2^(bits - 1) - 1) in float16 over the width; the result is s q.
+    """
+    if x.shape[-1] == 0:
+        return x
+    most = 2 ** (bits - 1) - 1
+    scale = (x.float().abs().amax(-1, keepdim=True) / most).half().float().clamp_min(2.0**-24)  # the least positive float16
+    return ((x.float() / scale).round().clamp(-most, most) * scale).to(x.dtype)
+
+
+class QuantisedCache(DynamicCache):
+    """A cache whose content has passed through `bits` bits, each token once, when it comes in."""
+
+    def __init__(self, bits: int, config: Any) -> None:
+        super().__init__(config=config)
+        self.bits = bits
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, after rounding."""
+        key_states, value_states = round_trip(key_states, self.bits), round_trip(value_states, self.bits)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def through_quantised_cache(model: Any, bits: int) -> Forward:
+    """A forward, (rows, tokens) to logits, that reads every key and value through a `QuantisedCache`, a token's own included."""
+    return lambda ids: model(input_ids=ids, past_key_values=QuantisedCache(bits, model.config), use_cache=True).logits
+
+
+def quantised_bytes(cache: Any, bits: int) -> int:
+    """What a transformers cache would take in `bits` bits, its scales included, counted on the shapes of its tensors."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor.shape[-1]]
+    return sum(tensor.shape[:-1].numel() * (-(-tensor.shape[-1] * bits // 8) + SCALE_BYTES) for tensor in tensors)
