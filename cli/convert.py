@@ -25,12 +25,13 @@ def run(
     eval_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Merge K and V, heal, measure, and write an ordinary checkpoint."""
     from kvshare import convert
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         result = convert(
             model,
             output,

@@ -15,12 +15,13 @@ def run(
     data: Annotated[str, typer.Option(help=f"Held-out text. {options.DATA}.")],
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     seed: options.Seed = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, KL, agreement and cache bytes against the source."""
     from kvshare import evaluate
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         report = evaluate(checkpoint, against, data, tokens=tokens, seed=seed, progress=progress)
     if as_json:
         print_json(report.to_dict())

@@ -1,6 +1,6 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
-The public API is the verbs: `plan`, `convert`, `heal`, `evaluate`, `verify`, `load`. They are loaded when first used, so
+The public API is the verbs: `plan`, `convert`, `heal`, `evaluate`, `verify`, `push`, `load`. They are loaded when first used, so
 that importing kvshare costs nothing.
 """
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvshare.healing import heal as heal
     from kvshare.loading import load as load
     from kvshare.planning import plan as plan
+    from kvshare.publishing import push as push
     from kvshare.recipe import load_recipe as load_recipe
     from kvshare.verification import verify as verify
 
@@ -29,10 +30,11 @@ _HOMES = {
     "load": "loading",
     "load_recipe": "recipe",
     "plan": "planning",
+    "push": "publishing",
     "verify": "verification",
 }
 
-__all__ = ["KVShareError", "convert", "evaluate", "heal", "load", "load_recipe", "plan", "verify"]
+__all__ = ["KVShareError", "convert", "evaluate", "heal", "load", "load_recipe", "plan", "push", "verify"]
 
 
 def __getattr__(name: str) -> Any:
