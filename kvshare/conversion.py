@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvshare import __version__
-from kvshare.card import card_matter, write_card
+from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     DTYPES,
     FORMAT_VERSION,
@@ -28,6 +28,7 @@ from kvshare.checkpoint import (
     publish,
     read_tensor,
     workspace,
+    write_files,
     write_json,
 )
 from kvshare.data import SELF, check_data, check_tokenizer, load_rows, load_tokenizer
@@ -159,8 +160,7 @@ def convert(
         report = _measure(staged, teacher, tokenizer, settings, progress)
         result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
-        card = write_card(read_json(staged / "config.json"), card_matter(source), report)
-        (staged / "README.md").write_text(card, encoding="utf-8")
+        write_files(staged, card_files(read_json(staged / "config.json"), card_matter(source, settings), result.to_dict()))
         publish(staged, target)
     return result
 
