@@ -2,16 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-CODE := kvshare cli recipes tests benchmarks
+CODE := kvshare cli recipes tests benchmarks docs
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: demo test lint types unit notebooks clean
+.PHONY: demo test lint types unit docs notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/kvshare convert kvshare/tiny -o demo-out --calibration-tokens 16384 --heal-tokens 65536 --eval-tokens 16384 --overwrite
 	$(BIN)/kvshare verify demo-out
 
-test: lint types unit notebooks demo
+test: lint types unit docs notebooks demo
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
@@ -23,6 +23,9 @@ types: $(INSTALLED)
 unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
 
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 notebooks: $(INSTALLED)
 	$(BIN)/python -m jupyter execute --timeout 600 $(NOTEBOOKS)
 
@@ -32,4 +35,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo-out demo-out.kvshare-work build *.egg-info
+	rm -rf .venv demo-out demo-out.kvshare-work build site *.egg-info

@@ -6,10 +6,11 @@ Never: computes, imports torch before a verb runs.
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
-from kvshare.cli import bench, convert, evaluate, heal, inspect, plan, recipes, verify
+from kvshare.cli import bench, convert, evaluate, heal, inspect, plan, push, recipes, verify
 
 from kvshare import __version__
 from kvshare.errors import KVShareError
@@ -28,6 +29,7 @@ app.command("heal")(heal.run)
 app.command("eval")(evaluate.run)
 app.command("bench")(bench.run)
 app.command("verify")(verify.run)
+app.command("push")(push.run)
 app.add_typer(recipes.app, name="recipes")
 
 
@@ -46,6 +48,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; a refusal prints what, why and what to do, and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a log file may be unable to hold a sign such as ±; that is no reason to fail
     try:
         app()
     except KVShareError as error:

@@ -27,12 +27,13 @@ def run(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder for bench.json and bench.png.")] = None,
     overwrite: options.Overwrite = False,
     seed: Annotated[int | None, typer.Option(help="Of the prompts' random tokens.")] = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Time prefill and decoding in turns with the source, and measure cache bytes and peak memory."""
     from kvshare import bench
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         result = bench(
             checkpoint,
             against,

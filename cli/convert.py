@@ -30,12 +30,13 @@ def run(
     ] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Merge K and V, heal, measure, and write an ordinary checkpoint."""
     from kvshare import convert
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         result = convert(
             model,
             output,

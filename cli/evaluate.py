@@ -29,12 +29,13 @@ def run(
         list[str] | None, typer.Option(help=f"Measure also with the cache in 2 to 8 bits, {options.LIST}.")
     ] = None,
     seed: options.Seed = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure perplexity, KL, agreement and cache bytes against the source, and whatever else is asked for."""
     from kvshare import evaluate
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         reports = evaluate(
             tuple(checkpoint),
             against,

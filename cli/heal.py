@@ -19,12 +19,13 @@ def run(
     seed: options.Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same command.")] = False,
     overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Distil a converted checkpoint on more text; LoRA is merged into the result."""
     from kvshare import heal
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         result = heal(
             checkpoint,
             output,

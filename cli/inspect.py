@@ -16,12 +16,13 @@ def run(
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how low the rank of K and V is, layer by layer, and what sharing would drop: a page, JSON and plots."""
     from kvshare import inspect
 
-    with shown_progress() as progress:
+    with shown_progress(quiet) as progress:
         result = inspect(model, output, data=data, tokens=tokens, seed=seed, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})

@@ -25,6 +25,7 @@ CacheBudget = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]

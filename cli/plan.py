@@ -12,6 +12,7 @@ def run(
     kv_heads: options.KVHeads = None,
     cache_budget: options.CacheBudget = None,
     recipe: options.Recipe = None,
+    quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Show what a conversion would do: tensors, cache, disk and memory. Reads headers, no weights."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kvshare.cli import options
 
 from kvshare.errors import UsageError
 
@@ -14,7 +15,7 @@ Name = Annotated[str, typer.Argument(help="A shipped recipe.")]
 
 
 @app.command("list")
-def list_recipes() -> None:
+def list_recipes(quiet: options.Quiet = False) -> None:
     """Name every recipe with the first line of its description."""
     from kvshare.recipe import recipe_names, recipe_text
 
@@ -23,7 +24,7 @@ def list_recipes() -> None:
 
 
 @app.command("show")
-def show_recipe(name: Name) -> None:
+def show_recipe(name: Name, quiet: options.Quiet = False) -> None:
     """Print a recipe."""
     from kvshare.recipe import recipe_text
 
@@ -31,7 +32,7 @@ def show_recipe(name: Name) -> None:
 
 
 @app.command("copy")
-def copy_recipe(name: Name, file: Annotated[Path, typer.Argument(help="A new file.")]) -> None:
+def copy_recipe(name: Name, file: Annotated[Path, typer.Argument(help="A new file.")], quiet: options.Quiet = False) -> None:
     """Copy a recipe to a file, to change it there."""
     from kvshare.recipe import recipe_text
 

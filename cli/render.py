@@ -1,4 +1,7 @@
-"""What a person sees: tables on standard output, progress with the time left on standard error."""
+"""What a person sees: tables on standard output, progress with the time left on standard error.
+
+One look for all verbs. Colour is never needed to read it: there is none in a file, in a pipe, or where NO_COLOR is set.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvshare.progress import Progress
+from kvshare.progress import Progress, silent
 
 if TYPE_CHECKING:
     from kvshare.findings import Inspection
     from kvshare.sensitivity import Sensitivity
+
+FILE_WIDTH = 1000  # characters; a table takes what its text needs
 
 
 def print_json(value: Any) -> None:
@@ -34,7 +39,8 @@ def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # a file has no width: nothing in it is broken up or cut short to fit one
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
 
 
 def print_choice(sensitivity: Sensitivity) -> None:
@@ -107,16 +113,21 @@ def size(count: int) -> str:
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """Progress bars with the time left on a terminal; a line per stage where standard error is a file.
+def shown_progress(quiet: bool = False, models: bool = True) -> Iterator[Progress]:
+    """Progress bars with the time left on a terminal; a line per stage where standard error is a file; nothing if `quiet`.
 
-    The libraries underneath are kept from drawing bars of their own and from warning about their own future.
+    The libraries underneath are kept from drawing bars of their own and from warning about their own future; without `models`,
+    transformers is not imported for that.
     """
-    import transformers
+    if models:
+        import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if quiet:
+        yield silent
+        return
     if not sys.stderr.isatty():
         yield _lines()
         return

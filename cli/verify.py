@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvshare.cli import options
 
 
-def run(checkpoint: options.Checkpoint) -> None:
+def run(checkpoint: options.Checkpoint, quiet: options.Quiet = False) -> None:
     """Recompute every checksum, and check that the weights of K and V fit the form: equal bit for bit, or exact."""
     from kvshare import verify
 

@@ -1,6 +1,6 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
-The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `load`. They are loaded
+The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `push`, `load`. They are loaded
 when first used, so that importing kvshare costs nothing.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvshare.inspection import inspect as inspect
     from kvshare.loading import load as load
     from kvshare.planning import plan as plan
+    from kvshare.publishing import push as push
     from kvshare.recipe import load_recipe as load_recipe
     from kvshare.verification import verify as verify
 
@@ -33,10 +34,11 @@ _HOMES = {
     "load": "loading",
     "load_recipe": "recipe",
     "plan": "planning",
+    "push": "publishing",
     "verify": "verification",
 }
 
-__all__ = ["KVShareError", "bench", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "verify"]
+__all__ = ["KVShareError", "bench", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "push", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,21 +1,28 @@
 """The model card of a converted checkpoint.
 
-In: the checkpoint's config, the report, the source's own card. Out: the text of README.md.
-Never: claims a figure that was not measured.
+In: the checkpoint's config, the data of its report.json, the source's own card. Out: README.md and the figure it shows.
+Never: claims a figure that is not in report.json, shows where on a disk a file lay.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kvshare.evaluation import Report
+from kvshare.card_plot import PLOT, draw_plot
+from kvshare.data import ENDINGS
 from kvshare.families import family_of
+from kvshare.recipe import CALIBRATED, SELF, Evaluation, Recipe
 from kvshare.source import Source
 
-CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
+# The Hub knows adapter, merge, quantized and finetune. These are complete weights of one model in their own precision, changed by
+# further fitting: no adapter, no merge of several models, and no number is stored in fewer bits. So the model tree is to list
+# them as finetunes; exact checkpoints, which no other word fits better, too.
+RELATION = "finetune"
 
 
 def front_matter(card: Path) -> dict[str, Any]:
@@ -32,56 +39,80 @@ def front_matter(card: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def card_matter(source: Source) -> dict[str, Any]:
-    """The front matter that a conversion of `source` carries on: licence and language follow the weights."""
+def card_matter(source: Source, recipe: Recipe | None = None) -> dict[str, Any]:
+    """The front matter that a conversion of `source` carries on: licence and language follow the weights.
+
+    The base model is the source where it came from the Hub, and otherwise what the source's own card names as its base; a name
+    of a local folder means nothing to others. Data sets are those that the source's card names and those that the recipe's
+    fitting read from the Hub.
+    """
     origin = front_matter(source.path / "README.md")
     matter: dict[str, Any] = {key: origin[key] for key in CARRIED if key in origin}
-    if source.commit is not None:
-        matter["base_model"] = source.name
+    base = source.name if source.commit is not None else origin.get("base_model")
+    if base:
+        matter |= {"base_model": base, "base_model_relation": RELATION}
+    if recipe is not None:
+        matter = with_datasets(matter, recipe)
     return matter | {"library_name": "transformers", "tags": ["kvshare", "kv-cache"]}
 
 
-def write_card(config: dict[str, Any], matter: dict[str, Any], report: Report | None) -> str:
-    """The card: front matter, what was done, what it measured, how to load it.
+def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = None) -> dict[str, Any]:
+    """Front matter that also names the data sets of the Hub that the weights were fitted on."""
+    used = [recipe.heal.data] if (recipe.heal.enabled if heals is None else heals) else []
+    if heals is None and recipe.init in CALIBRATED:
+        used.append(recipe.calibration.data)
+    known = matter.get("datasets") or []
+    names = [known] if isinstance(known, str) else list(known)
+    for data in used:
+        # org/name[/config][:split]; a file has an ending, and the source's own text is no data set
+        if "/" in data and not data.endswith(ENDINGS):
+            name = "/".join(data.partition(":")[0].split("/")[:2])
+            names += [name] if name not in names else []
+    return matter | ({"datasets": names} if names else {})
+
+
+def card_files(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes | None]:
+    """The card and its figure by file name; None for a figure that there is nothing to draw in. Arguments as of `write_card`."""
+    plot = draw_plot(report)
+    return {PLOT: plot, "README.md": write_card(config, matter, report, None if plot is None else PLOT).encode()}
+
+
+def write_card(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any], plot: str | None = None) -> str:
+    """The card: front matter, what was done, what it measured and how to measure it again, limits, how to load it.
 
     Args:
         config: the checkpoint's config.json, with its kvshare block.
         matter: the front matter.
-        report: the evaluation of these very weights, or None when there was none.
+        report: the data of report.json; without perplexity in it, these very weights were not measured.
+        plot: the name of the figure beside the card, if there is one.
     """
     block = config["kvshare"]
-    heads = config.get("num_key_value_heads", block["source"]["num_key_value_heads"])
-    tokens = block["healed_tokens"]
+    name, exact = block["source"]["name"], block["form"] == "exact"
+    parts = [f"# {name}, with {'half the cache' if exact else 'a shared K and V'}", _story(config), "## Results"]
+    parts.append(
+        _results(block, report) if "perplexity" in report else "These weights have not been measured: `kvshare eval` does."
+    )
+    if plot is not None:
+        parts.append(f"![what the report holds, drawn]({plot})")
+    parts += ["## Loading", _loading(config), "## Limits", _limits(exact), _recipe(block)]
+    return f"---\n{yaml.safe_dump(matter, sort_keys=True).strip()}\n---\n" + "\n\n".join(parts) + "\n"
+
+
+def _story(config: dict[str, Any]) -> str:
+    """What was done to which model."""
+    block = config["kvshare"]
+    source, tokens = block["source"], block["healed_tokens"]
+    commit = f", commit `{source['commit']}`" if source.get("commit") else ""
+    origin = f"The source is `{source['name']}`{commit}."
     if block["form"] == "exact":
-        title = "half the cache"
-        story = (
-            f"Prepared by kvshare: the weights are the source's own, bit for bit. The cache keeps the keys of all {heads} heads,\n"
-            "and values are made of them by `W_V W_K^-1`, at the price of more arithmetic in decoding."
+        heads = config.get("num_key_value_heads", source["num_key_value_heads"])
+        return (
+            f"Prepared by kvshare {block['version']}: the weights are the source's own, bit for bit. The cache keeps the keys of\n"
+            f"all {heads} heads, and values are made of them by `W_V W_K^-1`, at the price of more arithmetic.\n{origin}"
         )
-        training = "It trains\nas any model of its family does; a cache that was filled before a weight changed is void."
-    else:
-        title = "a shared K and V"
-        healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
-        story = f"Converted by kvshare: {_form(config)}, `{block['recipe']['init']}` initialisation, {healing}."
-        training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
-    figures = "These weights have not been measured: `kvshare eval` does." if report is None else _figures(report)
-    return f"""---
-{yaml.safe_dump(matter, sort_keys=True).strip()}
----
-# {block["source"]["name"]}, with {title}
-
-{story}
-
-{figures}
-
-With the smaller cache:
-
-    AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)   # runs modeling_kvshare.py of this folder
-    kvshare.load("<this folder>")                                                    # the same, without remote code
-
-Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
-full-size cache ({heads} KV heads for K and for V). {training}
-"""
+    healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
+    init = f"`{block['recipe']['init']}` initialisation"
+    return f"Converted by kvshare {block['version']}: {_form(config)}, {init}, {healing}.\n{origin}"
 
 
 def _form(config: dict[str, Any]) -> str:
@@ -100,12 +131,84 @@ def _form(config: dict[str, Any]) -> str:
     return f"K and V are one projection in {where} (KV heads by layer: {kept}; the source has {source_heads} in each)"
 
 
-def _figures(report: Report) -> str:
+def _results(block: dict[str, Any], report: dict[str, Any]) -> str:
+    """The table, from the report alone, and the command that measures it again."""
     r = report
-    return f"""| on {r.tokens:,} tokens ({r.data}) | source | this model |
-|---|---|---|
-| perplexity | {r.source_perplexity:.3f} ± {r.source_perplexity_error:.3f} | {r.perplexity:.3f} ± {r.perplexity_error:.3f} |
-| perplexity increase | | {r.perplexity_increase:+.2%} ± {r.perplexity_increase_error:.2%} |
-| KL to the source, nats per token | | {r.kl:.4f} ± {r.kl_error:.4f} |
-| next-token agreement | | {r.token_agreement:.1%} |
-| KV cache, bytes per token | {r.source_cache_bytes_per_token:,.0f} | {r.cache_bytes_per_token:,.0f} (-{r.cache_reduction:.1%}) |"""
+    rows = [
+        (f"on {r['tokens']:,} tokens ({r['data']})", "source", "this model"),
+        ("---", "---", "---"),
+        ("perplexity", *(f"{r[key]:.3f} ± {r[f'{key}_error']:.3f}" for key in ("source_perplexity", "perplexity"))),
+        ("perplexity increase", "", f"{r['perplexity_increase']:+.2%} ± {r['perplexity_increase_error']:.2%}"),
+        ("KL to the source, nats per token", "", f"{r['kl']:.4f} ± {r['kl_error']:.4f}"),
+        ("next-token agreement", "", f"{r['token_agreement']:.1%} ± {r['token_agreement_error']:.1%}"),
+        (
+            "KV cache, bytes per token",
+            f"{r['source_cache_bytes_per_token']:,.0f}",
+            f"{r['cache_bytes_per_token']:,.0f} (-{r['cache_reduction']:.1%})",
+        ),
+    ]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    settings = block["recipe"]["evaluation"]
+    length, usual = settings["sequence_length"], Evaluation().sequence_length
+    note = f"\n\nThe table is of rows of {length} tokens; this command measures rows of {usual}." if length != usual else ""
+    return f"{table}\n\nMeasured again by\n\n    {_command(block)}{note}"
+
+
+def _command(block: dict[str, Any]) -> str:
+    """The command line that repeats the results; files are named without their folders."""
+    source, settings = block["source"], block["recipe"]["evaluation"]
+    against = f"{source['name']}@{source['commit']}" if source.get("commit") else source["name"]
+    words = ["--against", against, "--data", _named(settings["data"]), "--tokens", str(settings["tokens"])]
+    return f'kvshare eval "<this folder>" {shlex.join(words)} --seed {block["seed"]}'
+
+
+def _named(data: str) -> str:
+    """A DATA argument, a file without its folder."""
+    return Path(data).name if data != SELF and data.endswith(ENDINGS) else data
+
+
+def _loading(config: dict[str, Any]) -> str:
+    """With half the cache, and without custom code."""
+    block = config["kvshare"]
+    heads = config.get("num_key_value_heads", block["source"]["num_key_value_heads"])
+    training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
+    if block["form"] == "exact":
+        training = "It trains\nas any model of its family does; a cache that was filled before a weight changed is void."
+    return f"""With the smaller cache:
+
+    AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)   # runs modeling_kvshare.py of this folder
+    kvshare.load("<this folder>")                                                    # the same, without remote code
+
+Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
+full-size cache ({heads} KV heads for K and for V). {training}"""
+
+
+def _limits(exact: bool) -> str:
+    """What a reader should know before relying on it; no figures, because none of them was measured on these weights."""
+    lines = [
+        "The cache is smaller; decoding is not faster, because keys are rebuilt on every read.",
+        "Other runtimes than transformers load the native form, with a full-size cache.",
+        "Perplexity on one text says little about another task: measure yours.",
+    ]
+    if exact:
+        lines.append("Full precision only: quantised weights or caches, and unmerged adapters on K or V, do not fit this form.")
+    else:
+        lines.append("Associative recall suffers earlier than perplexity where heads are merged.")
+        lines.append(
+            "At the same size of the cache, multi-head latent attention is more expressive, and an 8-bit cache loses less."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _recipe(block: dict[str, Any]) -> str:
+    """All settings; what healing on top of it was told, where it was healed again."""
+    settings = {**block["recipe"], **({"heal": block["heal"]} if "heal" in block else {})}
+    text = yaml.safe_dump(_without_folders(settings), sort_keys=False).strip()
+    return f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>"
+
+
+def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_folders(value) if isinstance(value, dict) else _named(value) if key == "data" else value
+        for key, value in settings.items()
+    }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvshare import __version__
-from kvshare.card import card_matter, write_card
+from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     FORMAT_VERSION,
     MODELING,
@@ -26,6 +26,7 @@ from kvshare.checkpoint import (
     fresh_folder,
     publish,
     workspace,
+    write_files,
     write_json,
 )
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
@@ -172,8 +173,7 @@ def convert(
             verify_form(staged)
         result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
-        card = write_card(read_json(staged / "config.json"), card_matter(source), report)
-        (staged / "README.md").write_text(card, encoding="utf-8")
+        write_files(staged, card_files(read_json(staged / "config.json"), card_matter(source, settings), result.to_dict()))
         publish(staged, target)
     return result
 

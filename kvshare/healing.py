@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import __version__
-from kvshare.card import front_matter, write_card
+from kvshare.card import card_files, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -28,6 +28,7 @@ from kvshare.checkpoint import (
     sha256,
     work_folder,
     workspace,
+    write_files,
     write_json,
 )
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer, rows_per_forward
@@ -131,9 +132,10 @@ def heal(
         carry_files(folder, staged)
         report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
         # figures measured on other weights would be a lie here
-        card = write_card(read_json(staged / "config.json"), front_matter(folder / "README.md"), None)
-        (staged / "README.md").write_text(card, encoding="utf-8")
-        write_json(staged / "report.json", {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}})
+        report = {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}}
+        write_json(staged / "report.json", report)
+        matter = with_datasets(front_matter(folder / "README.md"), settings, heals=True)
+        write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
         publish(staged, target)
     return result
 

@@ -29,11 +29,12 @@ def describe(model: str | Path) -> Source:
         return open_source(model)
     repository, revision = named
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     if constants.is_offline_mode():
         return open_source(model)
     api = HfApi()
+    failures: tuple[type[Exception], ...] = (*http_errors(), OSError, ValueError)
     try:
         info = api.model_info(repository, revision=revision, files_metadata=True)
         names = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -47,7 +48,7 @@ def describe(model: str | Path) -> Source:
         ) from None
     except SafetensorsParsingError as error:
         raise BadCheckpointError(f"a weight file of {model} is damaged", str(error).splitlines()[0], "tell its author") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except failures as error:
         raise refused(str(model), error) from None
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
@@ -67,3 +68,12 @@ def describe(model: str | Path) -> Source:
         raise UsageError(f"{model} holds no tensors", "its weight files are empty", "check the id and the revision")
     present = tuple(file for file in TOKENIZER_FILES if file in names)
     return Source(repository, folder, info.sha, config, tensors, {file: names.get(file, 0) for file in sorted(headers)}, present)
+
+
+def http_errors() -> tuple[type[Exception], ...]:
+    """What the hub client raises for requests that fail: its own errors, and those of the HTTP client beneath, which it passes
+    on when a server cannot be reached and which has another name from one version to the next.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return tuple(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ in {"HTTPError", "HfHubHTTPError"})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import typer
 from conftest import edit_json
 from kvshare.cli import app, main
+from kvshare.cli.render import shown_progress
 from transformers import AutoModelForCausalLM
 
 import kvshare
@@ -33,6 +35,7 @@ VERBS = {
     "eval": "evaluate",
     "bench": "bench",
     "verify": "verify",
+    "push": "push",
 }
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 FIGURES = {
@@ -111,6 +114,7 @@ def test_options_are_named_as_in_the_library(verb: str) -> None:
     options = {parameter.name: parameter for parameter in command.params}
     if options.pop("as_json", None) is not None:
         assert "--json" in next(p.opts for p in command.params if p.name == "as_json")
+    options.pop("quiet")  # of the command line alone; the library shows nothing
     parameters = dict(inspect.signature(getattr(kvshare, VERBS[verb])).parameters)
     parameters.pop("progress", None)
     assert options.keys() == parameters.keys()
@@ -424,3 +428,67 @@ def test_bench_prints_and_writes_what_it_measured(
     for text in ("2 x 16", "256 / 512", "fits in 1.0 MB", "not measured: a GPU"):
         assert text in table
     refused(run(*asked, "-o", tmp_path / "times"), 2, "exists", "--overwrite")
+
+
+def every_command(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    list(every_command(typer.main.get_command(app))),
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_every_verb_can_be_quiet(words: tuple[str, ...], command: Any) -> None:
+    quiet = next((parameter for parameter in command.params if parameter.name == "quiet"), None)
+    assert quiet is not None, words
+    assert set(quiet.opts) == {"--quiet", "-q"}
+
+
+def test_quiet_shows_results_alone(
+    run: Callable[..., Outcome], converted: tuple[Path, subprocess.CompletedProcess[str]], text_file: str
+) -> None:
+    asked = ("eval", converted[0], "--against", "kvshare/tiny", "--data", text_file, "--tokens", "1024")
+    loud, quiet = run(*asked), run(*asked, "--quiet")
+    assert "measuring: " in loud.err
+    assert quiet.err == ""
+    assert quiet.out == loud.out
+    assert "perplexity increase" in quiet.out
+
+
+def test_a_log_file_gets_whole_lines_without_colour(tmp_path: Path) -> None:
+    """Also where the terminal would be narrow, and where the file can hold neither lines of a box nor other signs."""
+    environment = os.environ | {"COLUMNS": "30", "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
+    for name, extra in (("plain", {}), ("ascii", environment)):
+        with (tmp_path / name).open("wb") as log:
+            command = [SCRIPT, "plan", "kvshare/tiny", "--init", "exact"]
+            done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | extra, check=False)
+        assert done.returncode == 0
+        text = (tmp_path / name).read_bytes().decode("ascii" if name == "ascii" else "utf-8")
+        assert "\x1b" not in text
+        assert re.search(r"tensors merged / copied.+0 / 56", text)
+        assert "multiply-adds more per cached token" in text
+
+
+def test_progress_on_a_terminal_uses_no_colour_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = {}
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("with", "without"):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        if name == "without":
+            monkeypatch.setenv("NO_COLOR", "1")
+        with shown_progress(models=False) as progress:
+            progress("measuring", 1, 2)
+            progress("measuring", 2, 2)
+        shown[name] = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert all("measuring" in text and "2/2" in text for text in shown.values())
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]", shown["with"])
+    assert not re.search(r"\x1b\[[0-9;]*[34][0-9](?:;[0-9;]*)?m", shown["without"])
