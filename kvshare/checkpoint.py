@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
-from kvshare.source import INDEX, ITEM_BYTES, SINGLE, TensorSpec
+from kvshare.source import INDEX, SINGLE, TensorSpec, data_bytes
 from kvshare.tensors import DTYPES
 
 MANIFEST = "kvshare_manifest.json"
@@ -46,10 +46,7 @@ class OutputTensor:
     @property
     def bytes(self) -> int:
         """The size of the data in bytes."""
-        size = ITEM_BYTES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
+        return data_bytes(self.dtype, self.shape)
 
 
 class WeightWriter:

@@ -17,7 +17,7 @@ from kvshare.families import PARTS, Family, Part, family_of
 from kvshare.hub import describe
 from kvshare.memory import peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, load_recipe
-from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec
+from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec, data_bytes
 
 Action = Literal["copy", "merge"]
 
@@ -35,10 +35,7 @@ class TensorPlan:
     @property
     def bytes(self) -> int:
         """The size of the output tensor in bytes."""
-        size = ITEM_BYTES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
+        return data_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Never: reads weights, unpickles, runs code that lies beside a model.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Callable
@@ -53,6 +54,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+def data_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor's data in bytes; `dtype` in safetensors' spelling."""
+    return ITEM_BYTES[dtype] * math.prod(shape)
 
 
 @dataclass(frozen=True)
