@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PLOT = "report.png"
 BY_LAYER = {  # keys of a layer's report: how the figure names them
@@ -37,7 +37,7 @@ def draw_plot(report: dict[str, Any]) -> bytes | None:
     panels = [panel for panel in (_perplexity(report), _layers(report), _healing(report)) if panel is not None]
     if not panels:
         return None
-    with style.context("default"), matplotlib.rc_context({"svg.hashsalt": "kvshare"}):
+    with style.context("default"):
         figure = Figure(figsize=(4.5 * len(panels), 3.2), dpi=100, layout="tight")
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -74,7 +74,7 @@ def _layers(report: dict[str, Any]) -> Callable[[Axes], None] | None:
         for label, points in series.items():
             axes.semilogy(*zip(*points, strict=True), marker="o", label=label)
         axes.set_xlabel("layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("fraction")
         axes.set_title("the merge, layer by layer")
         axes.legend(fontsize="x-small")

@@ -34,6 +34,7 @@ def describe(model: str | Path) -> Source:
     if constants.is_offline_mode():
         return open_source(model)
     api = HfApi()
+    failures: tuple[type[Exception], ...] = (*http_errors(), OSError, ValueError)
     try:
         info = api.model_info(repository, revision=revision, files_metadata=True)
         names = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -47,7 +48,7 @@ def describe(model: str | Path) -> Source:
         ) from None
     except SafetensorsParsingError as error:
         raise BadCheckpointError(f"a weight file of {model} is damaged", str(error).splitlines()[0], "tell its author") from None
-    except (*http_errors(), OSError, ValueError) as error:
+    except failures as error:
         raise refused(str(model), error) from None
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):

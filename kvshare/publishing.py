@@ -100,10 +100,11 @@ def push(
     if dry_run:
         return planned
     # the client raises RuntimeError and ValueError for what went wrong between it and the server, too
+    failures: tuple[type[Exception], ...] = (*http_errors(), OSError, RuntimeError, ValueError)
     try:
         with _hushed():
             return _upload(HfApi(token=True, library_name="kvshare", library_version=__version__), folder, planned, progress)
-    except (*http_errors(), OSError, RuntimeError, ValueError) as error:
+    except failures as error:
         raise _explained(repo, error, token) from None
 
 
@@ -165,7 +166,8 @@ def _refuse_other_weights(planned: Push, present: set[str]) -> None:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Without the client's own bars and warnings: those of its retries show addresses that anyone may upload to."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     verbosity, bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity_error()
