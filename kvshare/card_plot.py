@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,7 +37,7 @@ def draw_plot(report: dict[str, Any]) -> bytes | None:
     panels = [panel for panel in (_perplexity(report), _layers(report), _healing(report)) if panel is not None]
     if not panels:
         return None
-    with style.context("default"), matplotlib.rc_context({"svg.hashsalt": "kvshare"}):
+    with style.context("default"):
         figure = Figure(figsize=(4.5 * len(panels), 3.2), dpi=100, layout="tight")
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -127,3 +127,11 @@ def test_a_damaged_header_on_the_hub_is_named(served: Hub, tmp_path: Path) -> No
     assert result.returncode == 4
     assert "damaged" in result.stderr
     assert "model.safetensors" in result.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_with_a_remedy(served: Hub, tmp_path: Path) -> None:
+    served.server_address = ("127.0.0.1", 9)  # where nothing listens
+    result = plan(served, tmp_path / "home", "org/model")
+    assert result.returncode == 2
+    assert "the Hub does not give 'org/model'" in result.stderr
+    assert "Traceback" not in result.stderr
