@@ -137,10 +137,10 @@ def _results(block: dict[str, Any], report: dict[str, Any]) -> str:
     rows = [
         (f"on {r['tokens']:,} tokens ({r['data']})", "source", "this model"),
         ("---", "---", "---"),
-        ("perplexity", *(f"{r[key]:.3f} ± {r[f'{key}_error']:.3f}" for key in ("source_perplexity", "perplexity"))),
-        ("perplexity increase", "", f"{r['perplexity_increase']:+.2%} ± {r['perplexity_increase_error']:.2%}"),
-        ("KL to the source, nats per token", "", f"{r['kl']:.4f} ± {r['kl_error']:.4f}"),
-        ("next-token agreement", "", f"{r['token_agreement']:.1%} ± {r['token_agreement_error']:.1%}"),
+        ("perplexity", *(_spread(r, key, ".3f") for key in ("source_perplexity", "perplexity"))),
+        ("perplexity increase", "", _spread(r, "perplexity_increase", "+.2%")),
+        ("KL to the source, nats per token", "", _spread(r, "kl", ".4f")),
+        ("next-token agreement", "", _spread(r, "token_agreement", ".1%")),
         (
             "KV cache, bytes per token",
             f"{r['source_cache_bytes_per_token']:,.0f}",
@@ -152,6 +152,14 @@ def _results(block: dict[str, Any], report: dict[str, Any]) -> str:
     length, usual = settings["sequence_length"], Evaluation().sequence_length
     note = f"\n\nThe table is of rows of {length} tokens; this command measures rows of {usual}." if length != usual else ""
     return f"{table}\n\nMeasured again by\n\n    {_command(block)}{note}"
+
+
+def _spread(report: dict[str, Any], key: str, form: str) -> str:
+    """A figure with its standard error; one row of text has none, and a figure that is not finite is null."""
+    value, error = report[key], report[f"{key}_error"]
+    if value is None:
+        return "not finite"
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
 def _command(block: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ where it was drawn: matplotlib's own style instead of the user's, no version or 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,14 +47,13 @@ def draw_plot(report: dict[str, Any]) -> bytes | None:
 
 
 def _perplexity(report: dict[str, Any]) -> Callable[[Axes], None] | None:
-    if "perplexity" not in report or "source_perplexity" not in report:
+    if report.get("perplexity") is None or report.get("source_perplexity") is None:  # not measured, or not finite
         return None
 
     def draw(axes: Axes) -> None:
         values = [report["source_perplexity"], report["perplexity"]]
         errors = [report["source_perplexity_error"], report["perplexity_error"]]
-        # one row of text has no standard error
-        bars = [error if math.isfinite(error) else 0.0 for error in errors]
+        bars = [error or 0.0 for error in errors]  # one row of text has no standard error
         axes.bar(["source", "this model"], values, yerr=bars, capsize=4, color=["tab:gray", "tab:blue"])
         axes.set_ylabel("perplexity")
         axes.set_title("held-out text")
@@ -65,7 +63,9 @@ def _perplexity(report: dict[str, Any]) -> Callable[[Axes], None] | None:
 
 def _layers(report: dict[str, Any]) -> Callable[[Axes], None] | None:
     layers = report.get("layers") or []
-    series = {label: [(layer["layer"], layer[key]) for layer in layers if layer.get(key, 0) > 0] for key, label in BY_LAYER.items()}
+    series = {
+        label: [(layer["layer"], layer[key]) for layer in layers if (layer.get(key) or 0) > 0] for key, label in BY_LAYER.items()
+    }
     series = {label: points for label, points in series.items() if points}
     if not series:
         return None

@@ -53,14 +53,14 @@ def open_skeleton(source: Source, family: Family) -> Skeleton:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     skeleton = Skeleton(source, family, model.eval())
     prefix = skeleton.layer_prefix(0).removesuffix("0.")
-    # a base model's checkpoint lacks the first part of each name
-    first = "" if family.attention.startswith(f"{model.base_model_prefix}.") else f"{model.base_model_prefix}."
     known = set(model.state_dict())
-    state = {
-        first + name: map_tensor(source.path, spec) if len(spec.shape) > 1 else read_tensor(source.path, spec).float()
-        for name, spec in source.tensors.items()
-        if not name.startswith(prefix) and first + name in known
-    }
+    state = {}
+    for stored, spec in source.tensors.items():
+        # a base model's checkpoint lacks the first part of the names of its decoder
+        name = stored if stored in known else f"{model.base_model_prefix}.{stored}"
+        if name in known and not stored.startswith(prefix):
+            mapped = len(spec.shape) > 1
+            state[name] = map_tensor(source.path, spec) if mapped else read_tensor(source.path, spec).float()
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     inside = {id(parameter) for parameter in skeleton.layers.parameters()}

@@ -80,6 +80,15 @@ def test_a_figure_follows_the_report(written: tuple[str, dict[str, Any], dict[st
         assert set(NUMBER.findall(without_settings(card, config))) != {f.format(report[k]) for k, f in FORMATS.items()}
 
 
+def test_figures_of_a_single_row_have_no_errors(written: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+    _, config, report = written
+    single = report | {key: None for key in report if key.endswith("_error")} | {"perplexity": None}
+    card = write_card(config, {}, single)
+    assert "±" not in card
+    assert f"| {report['source_perplexity']:.3f} | not finite |" in card
+    assert draw_plot(report | {key: None for key in report if key.endswith("_error")}) is not None
+
+
 def test_the_card_says_what_was_done(written: tuple[str, dict[str, Any], dict[str, Any]], text_file: str) -> None:
     card, config, report = written
     block = config["kvshare"]
