@@ -245,22 +245,27 @@ def test_a_budget_of_everything_touches_nothing(tmp_path: Path, text_file: str) 
 
 
 @pytest.fixture(scope="module")
-def budgeted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def budgeted(once: Callable[[str, Callable[[Path], Any]], Path]) -> dict[str, Any]:
     """The report of the bundled model under a budget, calibrated on text that it writes itself."""
-    folder = tmp_path_factory.mktemp("budgeted")
-    (folder / "recipe.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "cache_budget": 0.3,
-                "calibration": {"tokens": 4_096, "sequence_length": 128},
-                "merge": {"balance": [1.0]},
-                "heal": {"enabled": False},
-                "evaluation": {"tokens": 4_096},
-            }
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "cache_budget": 0.3,
+                    "calibration": {"tokens": 4_096, "sequence_length": 128},
+                    "merge": {"balance": [1.0]},
+                    "heal": {"enabled": False},
+                    "evaluation": {"tokens": 4_096},
+                }
+            )
         )
-    )
-    assert load_recipe(folder / "recipe.yaml").cache_budget == 0.3
-    return kvshare.convert(TINY, folder / "out", recipe=folder / "recipe.yaml").to_dict()
+        assert load_recipe(folder / "recipe.yaml").cache_budget == 0.3
+        kvshare.convert(TINY, folder / "out", recipe=folder / "recipe.yaml")
+
+    report: dict[str, Any] = json.loads((once("budgeted", make) / "out" / "report.json").read_text())
+    return report
 
 
 def test_the_budget_is_met_with_the_least_measured_damage(budgeted: dict[str, Any]) -> None:

@@ -76,12 +76,18 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A checkpoint that the installed script wrote, and what it printed."""
-    output = tmp_path_factory.mktemp("cli") / "converted"
-    text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
-    arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", output, "--no-heal", *text, "--json"]
-    return output, subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+    def make(folder: Path) -> None:
+        text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
+        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "converted", "--no-heal", *text, "--json"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        folder.mkdir(exist_ok=True)
+        (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+
+    folder = once("cli", make)
+    return folder / "converted", subprocess.CompletedProcess([], *json.loads((folder / "printed.json").read_text()))
 
 
 def imported(*arguments: str) -> set[str]:
