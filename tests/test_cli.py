@@ -81,13 +81,13 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
 
     def make(folder: Path) -> None:
         text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
-        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "converted", "--no-heal", *text, "--json"]
+        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "alone/converted", "--no-heal", *text, "--json"]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         folder.mkdir(exist_ok=True)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
     folder = once("cli", make)
-    return folder / "converted", subprocess.CompletedProcess([], *json.loads((folder / "printed.json").read_text()))
+    return folder / "alone/converted", subprocess.CompletedProcess([], *json.loads((folder / "printed.json").read_text()))
 
 
 def imported(*arguments: str) -> set[str]:
@@ -193,7 +193,7 @@ def test_convert_prints_json_alone(converted: tuple[Path, subprocess.CompletedPr
     assert Path(result.pop("output")) == output
     assert json.loads((output / "report.json").read_text()) == result
     assert "measuring" in done.stderr
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
+    assert [path.name for path in output.parent.iterdir()] == [output.name]  # nothing else is left there
 
 
 def test_eval_repeats_the_measurement(
