@@ -9,6 +9,9 @@ from kvshare.cli.render import print_table
 
 if TYPE_CHECKING:
     from kvshare.evaluation import QuantisedFigures, Report
+    from kvshare.retrieval import PasskeyFigures, RecallFigures
+
+    Answered = RecallFigures | PasskeyFigures
 
 Row = tuple[str, ...]
 
@@ -41,21 +44,13 @@ def print_reports(reports: Sequence[tuple[str, Report]]) -> None:
         print_table("KL to the source and next-token agreement by tokens before", rows, ("", *names))
     if first.probed.recall:
         rows = [
-            (
-                f"{q.pairs} pairs",
-                _share(q.source_accuracy, q.source_accuracy_error),
-                *(_share(r.accuracy, r.accuracy_error) for r in each),
-            )
+            _answered(f"{q.pairs} pairs", q, each)
             for q, *each in zip(first.probed.recall, *(r.probed.recall for r in found), strict=True)
         ]
         print_table(f"recall of key-value pairs, {first.probed.recall[0].questions} questions each", rows, columns)
     if first.probed.passkey:
         rows = [
-            (
-                f"{k.context} tokens, depth {k.depth:.0%}",
-                _share(k.source_accuracy, k.source_accuracy_error),
-                *(_share(r.accuracy, r.accuracy_error) for r in each),
-            )
+            _answered(f"{k.context} tokens, depth {k.depth:.0%}", k, each)
             for k, *each in zip(first.probed.passkey, *(r.probed.passkey for r in found), strict=True)
         ]
         print_table(f"passkeys found, {first.probed.passkey[0].keys} each", rows, columns)
@@ -102,6 +97,11 @@ def _quantised(found: Sequence[QuantisedFigures]) -> list[Row]:
         ("KV cache, bytes per token", *(f"{q.cache_bytes_per_token:,.0f}" for q in found)),
         ("KV cache saved", *(f"{q.cache_reduction:.2%}" for q in found)),
     ]
+
+
+def _answered(name: str, source: Answered, found: Sequence[Answered]) -> Row:
+    shares = (_share(figures.accuracy, figures.accuracy_error) for figures in found)
+    return (name, _share(source.source_accuracy, source.source_accuracy_error), *shares)
 
 
 def _real(value: float, error: float, digits: int = 3) -> str:

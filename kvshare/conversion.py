@@ -29,7 +29,7 @@ from kvshare.checkpoint import (
     write_files,
     write_json,
 )
-from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
 from kvshare.exact import ExactLayer, check_layers
@@ -42,7 +42,7 @@ from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import CALIBRATED, SELF, Recipe, load_recipe
+from kvshare.recipe import CALIBRATED, SELF, Recipe, data_used, load_recipe
 from kvshare.runtime import MODELING_FILE
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.source import CARRIED_FILES, open_source, read_json
@@ -143,14 +143,14 @@ def convert(
     check_output(target, source.path, overwrite)
     check_space(target, plan.disk_bytes)
     tokenizer = load_tokenizer(source.path)
-    for data in _data_used(settings):
+    for data in data_used(settings):
         check_data(data)
         check_tokenizer(tokenizer, data)
     checked = check_layers(plan, progress) if settings.init == "exact" else ()
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         teacher = load_native(source.path, dtype=torch.float32).to(device) if needs_whole(settings) else None
-        rows = _calibration_rows(settings, tokenizer, teacher, progress) if settings.init in CALIBRATED else None
+        rows = calibration_rows(settings, tokenizer, teacher, progress) if settings.init in CALIBRATED else None
         sensitivity = None
         if settings.cache_budget is not None:
             assert rows is not None
@@ -176,25 +176,6 @@ def convert(
         write_files(staged, card_files(read_json(staged / "config.json"), card_matter(source, settings), result.to_dict()))
         publish(staged, target)
     return result
-
-
-def _data_used(recipe: Recipe) -> list[str]:
-    used = [] if recipe.evaluation.mode == "off" else [recipe.evaluation.data]
-    if recipe.init in CALIBRATED:
-        used.append(recipe.calibration.data)
-    if recipe.heal.enabled:
-        used.append(recipe.heal.data)
-    return used
-
-
-def _calibration_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:
-    """The text of the merge as token ids (rows, length)."""
-
-    def written(done: int, total: int) -> None:
-        progress("writing text with the source model", done, total)
-
-    settings = recipe.calibration
-    return load_rows(settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
 
 
 def _held_out(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import UsageError
-from kvshare.recipe import SELF
+from kvshare.progress import Progress, silent
+from kvshare.recipe import SELF, Recipe
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -245,14 +247,22 @@ def load_rows(
     seed: int,
     shuffle: bool = True,
     repeat: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Rows from any DATA argument; `model`, the source, is needed for `self` alone. See `token_rows` and `self_rows`."""
     if data == SELF:
         if model is None:
             raise ValueError("'self' needs the source model")
-        return self_rows(model, tokenizer, tokens, length, seed, progress)
+        return self_rows(model, tokenizer, tokens, length, seed, partial(progress, "writing text with the source model"))
     return token_rows(data, tokenizer, tokens, length, seed if shuffle else None, repeat)
+
+
+def calibration_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None, progress: Progress = silent
+) -> Tensor:
+    """The text of the merge as token ids (rows, length). See `load_rows`."""
+    settings = recipe.calibration
+    return load_rows(settings.data, tokenizer, model, settings.tokens, settings.sequence_length, recipe.seed, progress=progress)
 
 
 def load_tokenizer(path: Path) -> Any:

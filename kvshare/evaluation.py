@@ -16,7 +16,7 @@ from torch import Tensor
 from kvshare.data import check_data, load_rows, load_tokenizer, rows_per_forward
 from kvshare.errors import UsageError
 from kvshare.exact import through_cache
-from kvshare.figures import as_json, mean_and_error, perplexities
+from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities
 from kvshare.loading import Forward, load, load_native, plain_forward
 from kvshare.positions import PositionFigures, by_position
 from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
@@ -49,7 +49,7 @@ class QuantisedFigures:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Perplexities):
     """How a checkpoint compares with its source on the same tokens.
 
     Fractions, not percent. `kl` is the mean KL(source || checkpoint) in nats per token; `*_error` are standard errors over
@@ -58,12 +58,6 @@ class Report:
     caches, and `probed`.
     """
 
-    perplexity: float
-    perplexity_error: float
-    source_perplexity: float
-    source_perplexity_error: float
-    perplexity_increase: float
-    perplexity_increase_error: float
     kl: float
     kl_error: float
     token_agreement: float
@@ -230,10 +224,6 @@ def _check_checkpoints(folders: list[Path], probes: Probes) -> None:
 
 def evaluation_rows(settings: Evaluation, tokenizer: Any, source: Any, seed: int, progress: Progress) -> Tensor:
     """The rows of held-out text: the first of a data set in its own order, or written by the source with another seed."""
-
-    def written(done: int, total: int) -> None:
-        progress("writing text with the source model", done, total)
-
     return load_rows(
         settings.data,
         tokenizer,
@@ -242,7 +232,7 @@ def evaluation_rows(settings: Evaluation, tokenizer: Any, source: Any, seed: int
         settings.sequence_length,
         seed + SELF_SEED,
         shuffle=False,
-        progress=written,
+        progress=progress,
     )
 
 

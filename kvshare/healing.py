@@ -160,14 +160,9 @@ def _check_state(state: Path, job: dict[str, Any]) -> None:
 
 def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:
     """The rows that healing trains on, in the order of training."""
-
-    def written(done: int, total: int) -> None:
-        progress("writing text with the source model", done, total)
-
     settings = recipe.heal
-    return load_rows(
-        settings.data, tokenizer, teacher, settings.tokens, settings.sequence_length, recipe.seed + 1, repeat=True, progress=written
-    )
+    length, seed = settings.sequence_length, recipe.seed + 1
+    return load_rows(settings.data, tokenizer, teacher, settings.tokens, length, seed, repeat=True, progress=progress)
 
 
 def heal_into(

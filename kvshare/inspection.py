@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kvshare.budget import divisors, head_units
 from kvshare.calibrate import LayerCall, first_inputs, rotary_dim
 from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
-from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.findings import Inspection, LayerFigures, LayerOption
 from kvshare.layerwise import Solved, attention_of, solve_alone, source_pass
 from kvshare.loading import load_native
@@ -64,13 +64,10 @@ def inspect(
     check_data(settings.data)
     check_tokenizer(tokenizer, settings.data)
 
-    def written(done: int, total: int) -> None:
-        progress("writing text with the source model", done, total)
-
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         writer = load_native(source.path, dtype=torch.float32).to(device) if settings.data == SELF else None
-        rows = load_rows(settings.data, tokenizer, writer, settings.tokens, settings.sequence_length, recipe.seed, progress=written)
+        rows = calibration_rows(recipe, tokenizer, writer, progress)
         del writer  # what follows takes a layer at a time
         layers = tuple(inspect_layers(open_skeleton(source, plan.family), plan, rows, device, progress))
         result = Inspection(

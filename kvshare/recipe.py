@@ -173,6 +173,16 @@ def settings_of(kind: type[Settings], **values: Any) -> Settings:
         raise _explain(error, "the command") from None
 
 
+def data_used(recipe: Recipe) -> list[str]:
+    """The DATA arguments of all text that a conversion reads."""
+    used = [] if recipe.evaluation.mode == "off" else [recipe.evaluation.data]
+    if recipe.init in CALIBRATED:
+        used.append(recipe.calibration.data)
+    if recipe.heal.enabled:
+        used.append(recipe.heal.data)
+    return used
+
+
 def recipe_names() -> list[str]:
     """The names of the recipes that come with kvshare."""
     files = resources.files("kvshare.recipes").iterdir()

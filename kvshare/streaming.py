@@ -104,15 +104,9 @@ def last_logits(skeleton: Skeleton, hidden: Tensor, device: torch.device) -> Ten
     From the first call on, norm and output embedding are held in float32 on `device`.
     """
     decoder, head = skeleton.model.get_decoder(), skeleton.model.get_output_embeddings()
-    outside = [
-        child for child in decoder.children() if child is not skeleton.layers and child is not decoder.get_input_embeddings()
-    ]
-    for module in (head, *outside):
-        for name, value in list(module.named_parameters()):
-            if value.dtype != torch.float32 or value.device != device:
-                owner, _, last = name.rpartition(".")
-                setattr(module.get_submodule(owner), last, nn.Parameter(value.to(device, torch.float32), requires_grad=False))
-        module.to(device)
+    inside = (skeleton.layers, decoder.get_input_embeddings())
+    for module in (head, *(child for child in decoder.children() if all(child is not other for other in inside))):
+        module.to(device, torch.float32)
     states = hidden.to(device)
     with bypassed(skeleton.layers, lambda _: states):
         return skeleton.model(inputs_embeds=torch.zeros_like(states), use_cache=False).logits

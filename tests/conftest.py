@@ -10,7 +10,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
+from kvshare.cli import main
 
 import kvshare
 from kvshare.budget import LayerHeads, head_units
@@ -193,6 +196,31 @@ def mixed_folder(once: Callable[[str, Callable[[Path], Any]], Path], text_file: 
 def checkpoint(converted_folder: Callable[..., Path], tmp_path: Path) -> Path:
     """A converted checkpoint that a test may damage."""
     return Path(shutil.copytree(converted_folder("tiny"), tmp_path / "checkpoint"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """The entry point of the `kvshare` script, with these arguments."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kvshare", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
 
 
 def edit_json(file: Path, change: Callable[[Any], None]) -> None:

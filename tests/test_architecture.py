@@ -16,8 +16,8 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["recipe", "families", "source", "budget", "repeats"],
-    ["hub", "tensors", "memory"],
-    ["planning", "merge", "progress", "data"],
+    ["hub", "tensors", "memory", "progress"],
+    ["planning", "merge", "data"],
     ["moments", "layout"],
     ["calibrate"],
     ["streaming"],

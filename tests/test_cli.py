@@ -11,14 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
-from conftest import edit_json
-from kvshare.cli import app, main
+from conftest import Outcome, edit_json
+from kvshare.cli import app
 from kvshare.cli.render import shown_progress
 from transformers import AutoModelForCausalLM
 
@@ -48,31 +47,6 @@ FIGURES = {
     "source_cache_bytes_per_token",
     "cache_reduction",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """The entry point of the `kvshare` script, with these arguments."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["kvshare", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

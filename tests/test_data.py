@@ -225,10 +225,10 @@ def test_the_text_of_self_follows_the_model(model: Any, tokenizer: Any) -> None:
 
 def test_self_needs_the_model(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_module, "SAMPLE_ROWS", 64)
-    seen: list[tuple[int, int]] = []
-    rows = load_rows("self", tokenizer, model, 65 * 4, 4, 2, progress=lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int]] = []
+    rows = load_rows("self", tokenizer, model, 65 * 4, 4, 2, progress=lambda *report: seen.append(report))
     assert torch.equal(rows, self_rows(model, tokenizer, 65 * 4, 4, 2))
-    assert seen == [(64, 65), (65, 65)]
+    assert seen == [("writing text with the source model", done, 65) for done in (64, 65)]
     with pytest.raises(ValueError, match="source model"):
         load_rows("self", tokenizer, None, 100, 10, 0)
 

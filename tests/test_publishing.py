@@ -8,14 +8,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import TINY_FOLDER
+from conftest import TINY_FOLDER, Outcome
 from hub_server import SIGNATURE, TOKEN, Fault, Hub, serving
-from kvshare.cli import main
 from transformers import AutoModelForCausalLM
 
 import kvshare
@@ -23,7 +21,7 @@ from kvshare.checkpoint import MANIFEST, sha256
 from kvshare.errors import UsageError
 
 SCRIPT = Path(sys.executable).with_name("kvshare")
-Push = Callable[..., "Outcome"]
+Push = Callable[..., Outcome]
 # how the hub client calls the HTTP client beneath it
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -55,15 +53,8 @@ def hub() -> Iterator[Hub]:
         yield hub
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def push(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
+def push(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Outcome]]:
     """`kvshare push` with this Hub and this login; whatever happens, no token is seen anywhere.
 
     The client reads its settings when it is imported, offline as all tests are; only these settings are changed.
@@ -77,16 +68,9 @@ def push(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tm
         monkeypatch.delenv("HF_TOKEN", raising=False)
         if token is not None:
             monkeypatch.setenv("HF_TOKEN", token)
-        monkeypatch.setattr(sys, "argv", ["kvshare", "push", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        nothing_secret(captured.out + captured.err, tmp_path, token or TOKEN)
-        return Outcome(code, captured.out, captured.err)
+        done = run("push", *arguments)
+        nothing_secret(done.out + done.err, tmp_path, token or TOKEN)
+        return done
 
     yield call
     huggingface_hub.close_session()
