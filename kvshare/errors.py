@@ -24,6 +24,10 @@ class UsageError(KVShareError):
     """An argument, a recipe or a data set that cannot be used (exit code 2)."""
 
 
+class UnfinishedWorkError(UsageError):
+    """Unfinished work of another run is in the way; it is kept (exit code 2)."""
+
+
 class UnsupportedModelError(KVShareError):
     """A model whose attention cannot be shared, or not by this version (exit code 3)."""
 

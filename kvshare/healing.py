@@ -122,7 +122,7 @@ def heal(
     }
     if resume:
         _check_state(work_folder(target) / "training", job)
-    with workspace(target, keep_on_error=True) as work:
+    with workspace(target, resumable=True) as work:
         state = work / "training" if resume else fresh_folder(work / "training")
         write_json(state / FINGERPRINT, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)

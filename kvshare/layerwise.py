@@ -10,7 +10,7 @@ converted model's, which is what each layer will see (method.md, section 2, outp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -39,6 +39,7 @@ from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
 from kvshare.streaming import Skeleton, read_layer
+from kvshare.tensors import DTYPES
 
 ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
 
@@ -69,6 +70,14 @@ class MergedLayer:
     module: nn.Module | None
     weights: AttentionWeights | None
     report: LayerReport | None
+
+
+@dataclass(frozen=True)
+class MergedBefore:
+    """What an earlier run has made of a layer: its weights as they are stored, and the report of the merge."""
+
+    weights: AttentionWeights
+    report: LayerReport
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,21 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
     return changed
 
 
+def as_stored(weights: AttentionWeights, plan: Plan, layer: int) -> AttentionWeights:
+    """The weights of a layer, each tensor in the dtype that it will be stored in."""
+    family = plan.family
+    dtypes = {name: DTYPES[plan.source.tensors[family.tensor(layer, name)].dtype] for name in pack(weights, family)}
+    cast = {name: value.to(dtypes[name]) for name, value in pack(weights, family).items()}
+    return unpack(cast, family, weights.head_dim, weights.rotary_dim)
+
+
 def merge_layers(
-    skeleton: Skeleton, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
+    skeleton: Skeleton,
+    plan: Plan,
+    rows: Tensor,
+    device: torch.device,
+    progress: Progress,
+    finished: Callable[[int], MergedBefore | None] = lambda _: None,
 ) -> Iterator[MergedLayer]:
     """Merge all layers in order, each behind the converted layers before it, each read from the disk when its turn comes.
 
@@ -127,11 +149,12 @@ def merge_layers(
         skeleton: the source.
         plan: its recipe's init is `svd` or `learned`.
         rows: calibration tokens (rows, length).
-        stored: the dtype that the weights will be stored in; later layers see them rounded.
         device: where one layer at a time is computed, in float32.
+        progress: called on the way.
+        finished: what an earlier run has made of a layer; None where it is still to be merged.
 
     Yields:
-        each layer, with its new weights rounded to `stored`.
+        each layer, with its new weights rounded as they will be stored, which is how later layers see them.
     """
     assert plan.layer_heads is not None
     family, recipe = plan.family, plan.recipe
@@ -145,13 +168,18 @@ def merge_layers(
             source_hidden, hidden = (passed(layer, states, call, device) for states in (source_hidden, hidden))
             yield MergedLayer(layer, layer, None, None)
             continue
+        if (before := finished(index)) is not None:
+            merged = with_weights(layer, family, before.weights)
+            source_hidden, hidden = passed(layer, source_hidden, call, device), passed(merged, hidden, call, device)
+            yield MergedLayer(layer, merged, before.weights, before.report)
+            continue
         wanted, source_next = source_pass(layer, family, source_hidden, call, device)
         stream = hidden if recipe.merge.sequential else source_hidden
         if recipe.merge.sequential:
             wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
         view = _View(layer, family, call, stream, wanted, device)
         weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
-        weights = weights.to(stored)
+        weights = as_stored(weights, plan, index)
         merged = with_weights(layer, family, weights)
         hidden = passed(merged, hidden, call, device)
         source_hidden = source_next

@@ -236,6 +236,48 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
     return settings
 
 
+def conversion_recipe(
+    recipe: str | Path | Recipe | None,
+    init: str | None,
+    kv_heads: int | str | None,
+    cache_budget: float | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
+    heal: bool | None,
+    heal_data: str | None,
+    heal_tokens: int | None,
+    eval_data: str | None,
+    eval_tokens: int | None,
+    eval_mode: str | None,
+    seed: int | None,
+) -> Recipe:
+    """The recipe of a conversion from the arguments of `convert`, which see.
+
+    Raises:
+        UsageError: see `load_recipe`; or an exact conversion that is to be healed.
+    """
+    settings = load_recipe(
+        recipe,
+        init=init,
+        kv_heads=kv_heads,
+        cache_budget=cache_budget,
+        seed=seed,
+        calibration__data=calibration,
+        calibration__tokens=calibration_tokens,
+        heal__enabled=heal,
+        heal__data=heal_data or calibration,
+        heal__tokens=heal_tokens,
+        evaluation__data=eval_data,
+        evaluation__tokens=eval_tokens,
+        evaluation__mode=eval_mode,
+    )
+    if heal and settings.init == "exact":
+        raise UsageError(
+            "an exact conversion cannot be healed", "its weights are the source's own: nothing was lost", "leave --heal out"
+        )
+    return settings
+
+
 def _check_evaluation(recipe: Recipe, origin: str) -> None:
     """Refuse an evaluation layer by layer where the merge is not all that happens.
 

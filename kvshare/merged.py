@@ -1,0 +1,211 @@
+"""The merged checkpoint in native form, layer by layer, going on where an earlier run of the same job broke off.
+
+In: a plan, calibration rows, the journal of the job. Out: a folder with weights and config, a report per merged layer, and
+the evaluation, where held-out text is to pass through the layers beside the merge. Never: holds more than one layer, heals,
+writes report, card or manifest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvshare import __version__
+from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, write_json
+from kvshare.evaluation import Report
+from kvshare.journal import Journal
+from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, with_weights
+from kvshare.layout import names, pack, unpack
+from kvshare.merge import AttentionWeights
+from kvshare.merge.mean import merge_mean
+from kvshare.planning import Plan
+from kvshare.progress import Progress
+from kvshare.recipe import SELF
+from kvshare.runtime import MODELING_FILE
+from kvshare.source import CARRIED_FILES, TensorSpec, read_header
+from kvshare.streaming import Skeleton, open_skeleton, read_layer
+from kvshare.streams import open_streams
+from kvshare.tensors import read_tensor
+
+COPIED, LAYER = "copied {}", "layer {}"  # the entries of the journal: a file of the source, a merged layer
+
+
+def write_merged(
+    folder: Path,
+    plan: Plan,
+    rows: Tensor | None,
+    held_out: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> Report | None:
+    """Write the merged checkpoint, complete but for report, card and manifest; returns its evaluation, if it is by layers.
+
+    Args:
+        folder: made if it is not there; otherwise what the journal says is done in it is kept.
+        plan: the heads of every layer are chosen.
+        rows: calibration tokens (rows, length); None for an init that takes none.
+        held_out: tokens (rows, length) that pass through the layers; looked at where the recipe evaluates by layers.
+        device: where a layer is computed.
+        journal: gets each finished file and layer, a layer's `LayerReport` with it.
+        progress: called on the way.
+
+    Raises:
+        BadCheckpointError: NaN or infinity in what is read or made, or a file that ends too early.
+    """
+    folder.mkdir(exist_ok=True)
+    writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+    _copy_tensors(writer, plan, journal, progress)
+    by_layers = plan.recipe.evaluation.mode == "layers"
+    skeleton = open_skeleton(plan.source, plan.family) if rows is not None or by_layers else None
+    streams = None
+    if by_layers:
+        assert skeleton is not None
+        assert held_out is not None
+        streams = open_streams(skeleton, held_out, device)
+    planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
+    for layer, merged in enumerate(_merged_layers(folder, plan, skeleton, rows, device, journal, progress)):
+        if streams is not None:
+            assert merged.source is not None
+            assert merged.module is not None
+            streams = streams.through(merged.source, merged.module)
+        if merged.weights is None:
+            continue
+        values = pack(merged.weights.repeated(plan.kv_heads), plan.family)
+        values = {stored: value for name, value in values.items() if (stored := plan.family.tensor(layer, name)) in planned}
+        if (entry := LAYER.format(layer)) in journal:
+            for name in values:
+                writer.keep(name)
+            continue
+        for name, value in values.items():
+            writer.put(name, value)
+        writer.sync()
+        journal.record(entry, None if merged.report is None else asdict(merged.report))
+    writer.finish()
+    write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
+    for name in CARRIED_FILES:
+        if (plan.source.path / name).is_file():
+            shutil.copyfile(plan.source.path / name, folder / name)
+    shutil.copyfile(MODELING_FILE, folder / MODELING)
+    if streams is None:
+        return None
+    cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
+    return streams.report(named(plan.recipe.evaluation.data), *cache)
+
+
+def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
+    """The reports of the merged layers, in their order; none of `mean` and `exact`."""
+    entries = [entry for layer in range(plan.layers) if journal.entries.get(entry := LAYER.format(layer)) is not None]
+    return tuple(journal.result(entry, LayerReport) for entry in entries)
+
+
+def _copy_tensors(writer: WeightWriter, plan: Plan, journal: Journal, progress: Progress) -> None:
+    """What does not change, byte for byte, one file of the source after the other."""
+    files = sorted({tensor.source.file for tensor in plan.tensors})
+    for index, file in enumerate(files):
+        progress("copying weights", index, len(files))
+        done = COPIED.format(file) in journal
+        for tensor in plan.tensors:
+            if tensor.action == "copy" and tensor.source.file == file:
+                if done:
+                    writer.keep(tensor.name)
+                else:
+                    writer.copy(tensor.source, plan.source.path)
+        if not done:
+            writer.sync()
+            journal.record(COPIED.format(file))
+    progress("copying weights", len(files), len(files))
+
+
+def _merged_layers(
+    folder: Path,
+    plan: Plan,
+    skeleton: Skeleton | None,
+    rows: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> Iterator[MergedLayer]:
+    if plan.recipe.init == "exact":
+        return
+    assert plan.layer_heads is not None
+    written = {spec.name: spec for file in plan.files for spec in read_header(folder / file)}
+
+    def earlier(layer: int) -> AttentionWeights | None:
+        """The weights of a layer that is done, from the output."""
+        assert plan.layer_heads is not None
+        heads = plan.layer_heads[layer]
+        if LAYER.format(layer) not in journal or heads is None:
+            return None
+        return _stored_weights(folder, written, plan, layer).unrepeated(heads)
+
+    if rows is not None:
+        assert skeleton is not None
+
+        def finished(layer: int) -> MergedBefore | None:
+            weights = earlier(layer)
+            return None if weights is None else MergedBefore(weights, journal.result(LAYER.format(layer), LayerReport))
+
+        yield from merge_layers(skeleton, plan, rows, device, progress, finished)
+        return
+    for index in range(plan.layers):
+        progress("merging layers", index, plan.layers)
+        weights = earlier(index)
+        if weights is None:
+            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
+            weights = as_stored(merge_mean(source, plan.kv_heads), plan, index)
+        if skeleton is None:
+            yield MergedLayer(None, None, weights, None)
+            continue
+        layer = read_layer(skeleton, index, device)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, None)
+    progress("merging layers", plan.layers, plan.layers)
+
+
+def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int) -> AttentionWeights:
+    """The attention of one layer as it lies on the disk."""
+    stored = {name: specs.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
+    tensors = {name: read_tensor(folder, spec) for name, spec in stored.items() if spec is not None}
+    return unpack(tensors, plan.family, plan.head_dim)
+
+
+def _auto_map(plan: Plan) -> dict[str, str]:
+    return {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{plan.config['architectures'][0]}"}
+
+
+def _block(plan: Plan) -> dict[str, Any]:
+    """The kvshare block of config.json: what was done to which model, enough to do it again."""
+    import transformers
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "form": "exact" if plan.recipe.init == "exact" else "shared",
+        "version": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **_shared_layers(plan),
+        "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "seed": plan.recipe.seed,
+        "healed_tokens": 0,
+    }
+
+
+def _shared_layers(plan: Plan) -> dict[str, list[int]]:
+    """Which layers share K and V, and how many heads each of them has; the weights may hold a head several times."""
+    assert plan.layer_heads is not None
+    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
+    return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}
+
+
+def named(data: str) -> str:
+    """What the report calls the text: a file's name without its folder."""
+    if data == SELF:
+        return "text written by the source"
+    return Path(data).name if Path(data).is_file() else data
