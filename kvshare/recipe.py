@@ -77,9 +77,9 @@ class Merge(_Settings):
 class Fit(_Settings):
     """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
 
-    steps: Positive = 600
-    batch_tokens: Positive = 2_048
-    learning_rate: PositiveReal = 5e-3
+    steps: Positive = 1_200
+    batch_tokens: Positive = 1_024
+    learning_rate: PositiveReal = 1e-2
     """Relative to the root mean square of each matrix."""
 
 
