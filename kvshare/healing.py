@@ -6,8 +6,10 @@ Never: trains embeddings, trains K and V apart, leaves an adapter that must be l
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +222,6 @@ def train(
     """
     import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers.trainer_utils import get_last_checkpoint
 
     transformers.set_seed(seed)
     family = family_of(student.config.model_type)
@@ -268,8 +269,8 @@ def train(
     )
     optimizer = _optimizer(adapted, family.k, rate, settings.shared_rate)
     trainer = _distiller(adapted, teacher, arguments, optimizer, rows, settings.temperature, progress)
-    newest = get_last_checkpoint(str(state)) if resume else None
-    trainer.train(resume_from_checkpoint=newest)
+    newest = newest_state(state) if resume else None
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     if not all(math.isfinite(loss) for _, loss in losses):
         raise KVShareError("healing diverged", "the loss became NaN or infinite", "lower heal.learning_rate in the recipe")
@@ -280,6 +281,19 @@ def train(
         name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
     }
     return changed, HealResult(rows.numel(), steps, losses)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest state that was saved to its end, if there is one; the Trainer writes `trainer_state.json` last."""
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    found = []
+    for state in folder.glob("checkpoint-*"):
+        number = state.name.rpartition("-")[2]
+        with suppress(ValueError, OSError):
+            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            found.append((int(number), state))
+    return max(found)[1] if found else None
 
 
 def _optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: float) -> torch.optim.Optimizer:

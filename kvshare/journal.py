@@ -88,12 +88,12 @@ def read_journal(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     for line in lines:
+        if not line.endswith(b"\n"):
+            break
         try:
             entry = json.loads(line)
             entries[str(entry["name"])] = entry["value"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            break
-        if not line.endswith(b"\n"):
             break
     return entries if isinstance(entries.get(JOB), dict) else {}
 

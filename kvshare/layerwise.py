@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, rotary_dim, run_layer
+from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, unpack
@@ -35,6 +35,7 @@ from kvshare.merge.regroup import (
     solve_layer,
 )
 from kvshare.moments import MomentSums, Weighting, fits_apart
+from kvshare.passes import advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
@@ -104,11 +105,6 @@ class _View:
     device: torch.device
 
 
-def attention_of(layer: nn.Module, family: Family) -> nn.Module:
-    """The attention module of a decoder layer."""
-    return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
-
-
 def read_weights(attention: nn.Module, family: Family, head_dim: int, rotary_dim: int | None = None) -> AttentionWeights:
     """The projections of an attention module as `AttentionWeights`, in the module's dtype."""
     tensors = {name: value.detach() for name, value in attention.named_parameters()}
@@ -157,32 +153,30 @@ def merge_layers(
         each layer, with its new weights rounded as they will be stored, which is how later layers see them.
     """
     assert plan.layer_heads is not None
-    family, recipe = plan.family, plan.recipe
-    source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
-    hidden = source_hidden.clone()
+    family, recipe, scratch = plan.family, plan.recipe, skeleton.scratch
+    source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device, scratch)
+    hidden, wanted = room(source_hidden.shape, scratch).copy_(source_hidden), room(source_hidden.shape, scratch)
+    sequential = recipe.merge.sequential
     for index, call in enumerate(calls):
         progress("merging layers", index, len(calls))
         layer = read_layer(skeleton, index, device)
-        kv_heads = plan.layer_heads[index]
-        if kv_heads is None:
-            source_hidden, hidden = (passed(layer, states, call, device) for states in (source_hidden, hidden))
-            yield MergedLayer(layer, layer, None, None)
-            continue
-        if (before := finished(index)) is not None:
-            merged = with_weights(layer, family, before.weights)
-            source_hidden, hidden = passed(layer, source_hidden, call, device), passed(merged, hidden, call, device)
-            yield MergedLayer(layer, merged, before.weights, before.report)
-            continue
-        wanted, source_next = source_pass(layer, family, source_hidden, call, device)
-        stream = hidden if recipe.merge.sequential else source_hidden
-        if recipe.merge.sequential:
-            wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
-        view = _View(layer, family, call, stream, wanted, device)
-        weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
-        weights = as_stored(weights, plan, index)
-        merged = with_weights(layer, family, weights)
-        hidden = passed(merged, hidden, call, device)
-        source_hidden = source_next
+        kv_heads, before = plan.layer_heads[index], finished(index)
+        merged, weights, report = layer, None, None
+        if not sequential:
+            hidden.copy_(source_hidden)
+        if kv_heads is not None and before is None:
+            attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if sequential else None)
+            view = _View(layer, family, call, hidden, wanted, device)
+            weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
+            weights = as_stored(weights, plan, index)
+        else:
+            advance(layer, source_hidden, call, device)
+            if before is not None:
+                weights, report = before.weights, before.report
+        if weights is not None:
+            merged = with_weights(layer, family, weights)
+        if sequential:
+            advance(merged, hidden, call, device)
         yield MergedLayer(layer, merged, weights, report)
     progress("merging layers", len(calls), len(calls))
 
@@ -248,26 +242,6 @@ def _solved(view: _View, plan: Plan, options: Sequence[int]) -> Iterator[Solved]
         solutions = solve_layer(weights, moments, iterations=ALONE_ITERATIONS)
         _, report = merge_svd(weights, moments.grouping, solutions)
         yield Solved(weights, moments, solutions, report)
-
-
-def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:
-    """The hidden states behind a layer, (rows, length, hidden) in and out, on the CPU; computed on `device` batch by batch."""
-    return torch.cat([run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)])
-
-
-def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
-        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
-
-    handle = attention_of(layer, family).register_forward_hook(keep)
-    try:
-        behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
-    finally:
-        handle.remove()
-    return torch.cat(outputs), torch.cat(behind)
 
 
 def _merge_layer(

@@ -11,6 +11,7 @@ from kvshare.recipe import CALIBRATED, SELF, Recipe, data_used
 from kvshare.source import ITEM_BYTES, TensorSpec
 
 LIBRARIES = 1_200_000_000  # torch and transformers, tokens, the parts of attention that moments are taken of
+IN_MEMORY = 1 << 30  # bytes of hidden states beyond which they lie in a file
 BATCH_TOKENS = 8_192  # tokens that pass through a layer at a time
 
 

@@ -63,7 +63,7 @@ def write_merged(
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
     _copy_tensors(writer, plan, journal, progress)
     by_layers = plan.recipe.evaluation.mode == "layers"
-    skeleton = open_skeleton(plan.source, plan.family) if rows is not None or by_layers else None
+    skeleton = open_skeleton(plan.source, plan.family, folder.parent) if rows is not None or by_layers else None
     streams = None
     if by_layers:
         assert skeleton is not None

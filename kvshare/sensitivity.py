@@ -24,7 +24,8 @@ from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, choose_budget, d
 from kvshare.calibrate import first_inputs
 from kvshare.data import rows_per_forward
 from kvshare.errors import UsageError
-from kvshare.layerwise import merge_alone, passed, source_pass
+from kvshare.layerwise import merge_alone
+from kvshare.passes import passed, source_pass
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 

@@ -24,8 +24,9 @@ from kvshare.budget import budget_units, choose_budget, divisors, frontier, head
 from kvshare.calibrate import first_inputs
 from kvshare.errors import UsageError
 from kvshare.healing import distillation_loss
-from kvshare.layerwise import merge_alone, passed, source_pass
+from kvshare.layerwise import merge_alone
 from kvshare.loading import load_native
+from kvshare.passes import passed, source_pass
 from kvshare.planning import plan
 from kvshare.progress import silent
 from kvshare.recipe import Recipe, load_recipe

@@ -19,8 +19,8 @@ import kvshare
 from kvshare.calibrate import first_inputs
 from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.families import family_of
-from kvshare.layerwise import passed
 from kvshare.loading import load_native
+from kvshare.passes import passed
 from kvshare.source import open_source
 from kvshare.streaming import Skeleton, last_logits, open_skeleton, read_layer
 
