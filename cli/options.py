@@ -26,6 +26,7 @@ CacheBudget = Annotated[
 DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 Calibration = Annotated[str | None, typer.Option(help=f"Text for the merge. {DATA}.")]
 Tokens = Annotated[int | None, typer.Option(help="How much of it.")]
+Statistics = Annotated[str | None, typer.Option(help="A folder of `kvshare calibrate`, in place of text for the merge.")]
 Heal = Annotated[bool | None, typer.Option("--heal/--no-heal", help="Distil after the merge.")]
 HealData = Annotated[str | None, typer.Option(help="Text to distil on; the calibration's when only that is given.")]
 EvalData = Annotated[str | None, typer.Option(help="Held-out text for the final measurement.")]

@@ -15,11 +15,13 @@ from torch import Tensor
 from kvshare import __version__
 from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
+    MANIFEST,
     check_output,
     check_space,
     fresh_folder,
     is_published,
     publish,
+    sha256,
     work_folder,
     workspace,
     write_files,
@@ -36,10 +38,11 @@ from kvshare.memory import needs_whole
 from kvshare.merged import layer_reports, named, write_merged
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe, data_used
+from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
+from kvshare.statistics import open_statistics
 from kvshare.verification import verify_form
 
 SENSITIVITY, MERGED, HEALED, MEASURED = "sensitivity", "merged", "healed", "measured"  # the stages, as the journal names them
@@ -78,6 +81,7 @@ def convert(
     recipe: str | Path | Recipe | None = None,
     calibration: str | None = None,
     calibration_tokens: int | None = None,
+    statistics: str | Path | None = None,
     heal: bool | None = None,
     heal_data: str | None = None,
     heal_tokens: int | None = None,
@@ -101,6 +105,7 @@ def convert(
             share them, or share fewer heads, as they are found to bear it.
         recipe: a shipped recipe's name, a YAML file or a `Recipe`.
         calibration, calibration_tokens: text for the merge.
+        statistics: a folder that `calibrate` wrote, in place of text.
         heal: whether to distil after the merge.
         heal_data, heal_tokens: text to distil on; the calibration's data where only that is given.
         eval_data, eval_tokens: held-out text for the final measurement.
@@ -122,6 +127,7 @@ def convert(
         cache_budget,
         calibration,
         calibration_tokens,
+        statistics,
         heal,
         heal_data,
         heal_tokens,
@@ -158,6 +164,8 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     if not is_published(target, read_journal(work_folder(target) / JOURNAL)):
         check_output(target, plan.source.path, overwrite)
     check_space(target, plan.disk_bytes)
+    if plan.recipe.calibration.statistics is not None:
+        open_statistics(plan.recipe.calibration.statistics, plan)
     tokenizer = load_tokenizer(plan.source.path)
     for data in data_used(plan.recipe):
         check_data(data)
@@ -169,12 +177,14 @@ def _job(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of a conversion's output."""
     import transformers
 
+    statistics = plan.recipe.calibration.statistics
     return flat(
         {
             "command": "convert",
             "source": plan.source.fingerprint,
             "recipe": plan.recipe.model_dump(mode="json"),
             "text": {data: content_of(data) for data in sorted(set(data_used(plan.recipe)))},
+            "statistics": None if statistics is None else sha256(Path(statistics) / MANIFEST),
             "files": list(plan.files),
             "kvshare": __version__,
             "torch": torch.__version__,
@@ -196,7 +206,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     settings, device = plan.recipe, _device()
     teacher = load_native(plan.source.path, dtype=torch.float32).to(device) if needs_whole(settings) else None
     rows = None
-    if settings.init in CALIBRATED and MERGED not in journal:
+    if calibrates(settings) and MERGED not in journal:
         rows = calibration_rows(settings, tokenizer, teacher, progress)
     if settings.cache_budget is not None and SENSITIVITY not in journal:
         assert rows is not None

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvshare.activations import LayerCall, first_inputs, rotary_dim
 from kvshare.budget import divisors, head_units
-from kvshare.calibrate import LayerCall, first_inputs, rotary_dim
 from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
 from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.findings import Inspection, LayerFigures, LayerOption

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
+from kvshare.activations import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, unpack
@@ -42,19 +42,20 @@ from kvshare.recipe import Merge, Recipe
 from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 
+FIXED_BALANCE = 4.0  # where there is no text to search for the balance of least error on
 ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """How well one layer was merged: `lost`, the fraction of weighted energy dropped (the prediction); `error`, the
-    measured E|y - y_shared|^2 / E|y|^2 of its attention output; the balance and grouping that were chosen; how the fit of
-    `learned` went.
+    measured E|y - y_shared|^2 / E|y|^2 of its attention output, None where there was no text to measure on; the balance and
+    grouping that were chosen; how the fit of `learned` went.
     """
 
     layer: int
     lost: float
-    error: float
+    error: float | None
     balance: float
     condition: float
     grouping: Grouping
@@ -211,6 +212,35 @@ def merge_alone(
         merged, _, _ = _closed_form(view, solved.weights, solved.moments, settings, solved.solutions, ALONE_ITERATIONS)
         merged, _ = _refitted(view, merged, settings)
         yield with_weights(layer, plan.family, merged), solved.report.loss
+
+
+def source_moments(
+    layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, kv_heads: int, device: torch.device
+) -> tuple[Moments, int]:
+    """The moments of one layer of the source, for a conversion to `kv_heads` KV heads, and how many numbers of a head rope turns;
+    for the arguments see `merge_alone`.
+    """
+    view, settings = _View(layer, plan.family, call, hidden, hidden, device), plan.recipe.merge
+    attention = attention_of(layer, plan.family)
+    weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, call))
+    grouping = _grouping(view, weights, kv_heads, settings)
+    return _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting), weights.rotated
+
+
+def merge_on_statistics(
+    weights: AttentionWeights, moments: Moments, settings: Merge, layer: int
+) -> tuple[AttentionWeights, LayerReport]:
+    """The closed form alone, on moments that were taken before: no text, so no line search and no refit.
+
+    Args:
+        weights: of the source layer; its `rotary_dim` is known.
+        moments: of the source layer.
+        settings: the recipe's `merge` section, of which `joint` counts, and `balance` where it is a single one.
+        layer: for the report.
+    """
+    balance = settings.balance[0] if len(settings.balance) == 1 else FIXED_BALANCE
+    merged, report = merge_svd(weights, moments.grouping, solve_layer(weights, moments, balance, None, None, settings.joint))
+    return merged, LayerReport(layer, report.lost, None, balance, report.condition, report.grouping)
 
 
 def solve_alone(

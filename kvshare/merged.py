@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from kvshare import __version__
 from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, write_json
 from kvshare.evaluation import Report
 from kvshare.journal import Journal
-from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, with_weights
+from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
@@ -29,6 +29,7 @@ from kvshare.progress import Progress
 from kvshare.recipe import SELF
 from kvshare.runtime import MODELING_FILE
 from kvshare.source import CARRIED_FILES, TensorSpec, read_header
+from kvshare.statistics import open_statistics, read_moments
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams
 from kvshare.tensors import read_tensor
@@ -154,17 +155,25 @@ def _merged_layers(
 
         yield from merge_layers(skeleton, plan, rows, device, progress, finished)
         return
+    taken = plan.recipe.calibration.statistics
+    statistics = None if taken is None else open_statistics(taken, plan)
     for index in range(plan.layers):
         progress("merging layers", index, plan.layers)
-        weights = earlier(index)
+        weights, report = earlier(index), None
         if weights is None:
             source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
-            weights = as_stored(merge_mean(source, plan.kv_heads), plan, index)
+            if taken is None or statistics is None:
+                weights = merge_mean(source, plan.kv_heads)
+            else:
+                source = replace(source, rotary_dim=statistics.rotary_dims[index])
+                moments = read_moments(taken, statistics, index)
+                weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+            weights = as_stored(weights, plan, index)
         if skeleton is None:
-            yield MergedLayer(None, None, weights, None)
+            yield MergedLayer(None, None, weights, report)
             continue
         layer = read_layer(skeleton, index, device)
-        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, None)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, report)
     progress("merging layers", plan.layers, plan.layers)
 
 

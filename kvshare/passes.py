@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, batches, run_layer
+from kvshare.activations import LayerCall, batches, run_layer
 from kvshare.families import Family
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import bypassed
+from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
 from kvshare.source import Source

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kvshare
+from kvshare.activations import first_inputs
 from kvshare.budget import budget_units, choose_budget, divisors, frontier, head_units, stored_heads
-from kvshare.calibrate import first_inputs
 from kvshare.errors import UsageError
 from kvshare.healing import distillation_loss
 from kvshare.layerwise import merge_alone
