@@ -114,7 +114,7 @@ def bench(
     settings = settings_of(Bench, contexts=contexts, batch_sizes=batch_sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
     folder = Path(checkpoint)
     form = read_block(folder)["form"]
-    budget = None if memory is None else bytes_of(memory)
+    budget = None if memory is None else bytes_of(memory, "memory")
     weights = _dtype(dtype) if dtype is not None else DTYPES[stored_dtype(folder)]
     place = _device(device)
     source = open_source(against)

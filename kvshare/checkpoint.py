@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from torch import Tensor
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UnfinishedWorkError, UsageError
 from kvshare.journal import JOURNAL, Journal
 from kvshare.source import INDEX, SINGLE, TensorSpec, data_bytes
-from kvshare.tensors import DTYPES
+from kvshare.tensors import DTYPES, is_finite
 
 MANIFEST = "kvshare_manifest.json"
 MODELING = "modeling_kvshare.py"
 FORMAT_VERSION = 2
 PUBLISHED = "published"  # the entry of a journal that comes before the renames
 REPLACED = "replaced"  # where, in the work folder, an output waits that is being replaced
-PIECE = 16 << 20  # bytes moved at a time
+PIECE = 64 << 20  # bytes moved at a time
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class WeightWriter:
     def __init__(self, folder: Path, tensors: list[OutputTensor]) -> None:
         self.folder = folder
         self.pending = {tensor.name: tensor for tensor in tensors}
+        self.files = {tensor.name: tensor.file for tensor in tensors}
         self.offsets: dict[str, int] = {}
-        self.changed: set[str] = set()  # files that are not synced
         for file in sorted({tensor.file for tensor in tensors}):
             self._begin(file, sorted((t for t in tensors if t.file == file), key=lambda t: t.name))
         if {tensor.file for tensor in tensors} != {SINGLE}:
@@ -96,7 +97,6 @@ class WeightWriter:
         with (self.folder / file).open("wb") as stream:
             stream.write(begin)
             stream.truncate(size)
-        self.changed.add(file)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write a computed tensor; it is cast once, to its planned dtype.
@@ -108,7 +108,7 @@ class WeightWriter:
         cast = value.detach().cpu().to(DTYPES[tensor.dtype]).contiguous()
         if tuple(cast.shape) != tensor.shape:
             raise ValueError(f"{name} has the shape {tuple(cast.shape)}, and {tensor.shape} was planned")
-        if not bool(torch.isfinite(cast).all()):
+        if not is_finite(cast):
             raise BadCheckpointError(
                 f"the new {name} holds NaN or infinity",
                 f"its values do not fit {tensor.dtype} or the source already holds such values",
@@ -117,17 +117,20 @@ class WeightWriter:
         with (self.folder / tensor.file).open("r+b") as stream:
             stream.seek(self.offsets[name])
             stream.write(cast.flatten().view(torch.uint8).numpy().data)
-        self.changed.add(tensor.file)
 
     def keep(self, name: str) -> None:
         """Leave a tensor as an earlier run has written it."""
         del self.pending[name]
 
-    def sync(self) -> None:
-        """Return when all that was written is on the disk."""
-        for file in sorted(self.changed):
+    def sync(self, names: Iterable[str]) -> None:
+        """Return when what was written of these tensors is on the disk."""
+        for file in sorted({self.files[name] for name in names}):
             sync(self.folder / file)
-        self.changed.clear()
+
+    def complete(self) -> set[str]:
+        """The files that no tensor is missing in any more."""
+        missing = {tensor.file for tensor in list(self.pending.values())}
+        return {*self.files.values()} - missing
 
     def copy(self, spec: TensorSpec, folder: Path) -> None:
         """Copy a tensor byte for byte from a file of another checkpoint."""
@@ -137,22 +140,35 @@ class WeightWriter:
             stream.seek(self.offsets[spec.name])
             left = spec.bytes
             while left:
-                piece = source.read(min(PIECE, left))
-                if not piece:
+                moved = _move(source, stream, min(PIECE, left))
+                if not moved:
                     raise BadCheckpointError(
                         f"the file {folder / spec.file} ends inside {spec.name}",
                         "it became shorter while it was read",
                         "download that file again",
                     )
-                stream.write(piece)
-                left -= len(piece)
-        self.changed.add(tensor.file)
+                left -= moved
 
     def finish(self) -> None:
-        """Check that every planned tensor was written, and sync what is not on the disk yet."""
-        self.sync()
+        """Check that every planned tensor was written."""
         if self.pending:
             raise ValueError(f"these tensors were planned and never written: {', '.join(sorted(self.pending))}")
+
+
+def _move(source: BufferedReader, target: BufferedRandom, most: int) -> int:
+    """Copy up to `most` bytes from where one file stands to where the other does, within the kernel where that can be done.
+
+    Returns:
+        how many bytes were copied; 0 at the end of the source.
+    """
+    if hasattr(os, "sendfile"):
+        start = source.tell()
+        target.flush()
+        with suppress(OSError):  # not between files on this system
+            moved = os.sendfile(target.fileno(), source.fileno(), start, most)
+            source.seek(start + moved)
+            return moved
+    return target.write(source.read(most))
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -300,17 +316,16 @@ def write_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
             (folder / name).write_bytes(content)
 
 
-def publish(staged: Path, output: Path, journal: Journal | None = None) -> None:
+def publish(staged: Path, output: Path, journal: Journal | None = None, sums: Mapping[str, str] | None = None) -> None:
     """Write the manifest last, sync everything to disk and rename the folder to its final name.
 
     What it replaces waits in the work folder until that has happened. The journal of resumable work gets the manifest's SHA-256
-    before the renames, see `is_published`.
+    before the renames, see `is_published`. `sums` are SHA-256 of files that are known already.
     """
+    known = sums or {}
     files = sorted(file for file in staged.iterdir() if file.name != MANIFEST)
-    write_json(
-        staged / MANIFEST,
-        {"version": FORMAT_VERSION, "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}},
-    )
+    entries = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)} for file in files}
+    write_json(staged / MANIFEST, {"version": FORMAT_VERSION, "files": entries})
     for file in staged.iterdir():
         sync(file)
     sync(staged)

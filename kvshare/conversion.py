@@ -35,7 +35,7 @@ from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, re
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load, load_native
 from kvshare.memory import needs_whole
-from kvshare.merged import layer_reports, named, write_merged
+from kvshare.merged import layer_reports, named, weight_sums, write_merged
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used
@@ -138,7 +138,7 @@ def convert(
     )
     target = Path(output)
     source = open_source(model)
-    most = None if max_shard_size is None else bytes_of(max_shard_size)
+    most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     plan = make_plan(source, settings, max_shard_bytes=most)
     job = _job(plan)
     tokenizer = check_conversion(plan, target, overwrite)
@@ -151,7 +151,7 @@ def convert(
             write_json(staged / "report.json", result.to_dict())
             matter = card_matter(source, plan.recipe)
             write_files(staged, card_files(read_json(staged / "config.json"), matter, result.to_dict()))
-            publish(staged, target, journal)
+            publish(staged, target, journal, {} if plan.recipe.heal.enabled else weight_sums(plan, journal))
         return _conversion(target, plan, checked, journal)
 
 

@@ -8,7 +8,9 @@ writes report, card or manifest.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvshare import __version__
-from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, write_json
+from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
 from kvshare.evaluation import Report
 from kvshare.journal import Journal
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
@@ -32,9 +34,9 @@ from kvshare.source import CARRIED_FILES, TensorSpec, read_header
 from kvshare.statistics import open_statistics, read_moments
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams
-from kvshare.tensors import read_tensor
+from kvshare.tensors import map_tensor, read_tensor
 
-COPIED, LAYER = "copied {}", "layer {}"  # the entries of the journal: a file of the source, a merged layer
+COPIED, LAYER, SUM = "copied {}", "layer {}", "sha256 {}"  # entries: a file of the source, a merged layer, an output file
 
 
 def write_merged(
@@ -62,7 +64,50 @@ def write_merged(
     """
     folder.mkdir(exist_ok=True)
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
-    _copy_tensors(writer, plan, journal, progress)
+    # copying and checksums wait for the disk, merging computes: they do not wait for each other
+    with _background() as copier, _background() as summer:
+        copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
+        report = _merge(folder, writer, plan, rows, held_out, device, journal, copies, progress)
+        sums: dict[str, Future[str]] = {}
+        for index, copy in enumerate(copies):
+            progress("copying weights", index, len(copies))
+            copy.result()
+            for file in sorted(writer.complete() - sums.keys()):
+                sums[file] = summer.submit(sha256, folder / file)
+        for file, value in sums.items():
+            journal.record(SUM.format(file), value.result())
+    writer.finish()
+    write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
+    for name in CARRIED_FILES:
+        if (plan.source.path / name).is_file():
+            shutil.copyfile(plan.source.path / name, folder / name)
+    shutil.copyfile(MODELING_FILE, folder / MODELING)
+    progress("copying weights", len(copies), len(copies))
+    return report
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """A thread for work beside the merge; what has not begun when the merge fails is not begun any more."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _merge(
+    folder: Path,
+    writer: WeightWriter,
+    plan: Plan,
+    rows: Tensor | None,
+    held_out: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    copies: Sequence[Future[None]],
+    progress: Progress,
+) -> Report | None:
+    """Merge and write the layers, and evaluate, if it is by layers; for the arguments see `write_merged`."""
     by_layers = plan.recipe.evaluation.mode == "layers"
     skeleton = open_skeleton(plan.source, plan.family, folder.parent) if rows is not None or by_layers else None
     streams = None
@@ -86,18 +131,20 @@ def write_merged(
             continue
         for name, value in values.items():
             writer.put(name, value)
-        writer.sync()
+        writer.sync(values)
+        for copy in copies:
+            if copy.done():
+                copy.result()  # a copy that failed ends the merge
         journal.record(entry, None if merged.report is None else asdict(merged.report))
-    writer.finish()
-    write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
-    for name in CARRIED_FILES:
-        if (plan.source.path / name).is_file():
-            shutil.copyfile(plan.source.path / name, folder / name)
-    shutil.copyfile(MODELING_FILE, folder / MODELING)
     if streams is None:
         return None
     cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
     return streams.report(named(plan.recipe.evaluation.data), *cache)
+
+
+def weight_sums(plan: Plan, journal: Journal) -> dict[str, str]:
+    """The SHA-256 of the weight files that `write_merged` made."""
+    return {file: journal.entries[SUM.format(file)] for file in plan.files}
 
 
 def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
@@ -106,22 +153,18 @@ def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
     return tuple(journal.result(entry, LayerReport) for entry in entries)
 
 
-def _copy_tensors(writer: WeightWriter, plan: Plan, journal: Journal, progress: Progress) -> None:
-    """What does not change, byte for byte, one file of the source after the other."""
-    files = sorted({tensor.source.file for tensor in plan.tensors})
-    for index, file in enumerate(files):
-        progress("copying weights", index, len(files))
-        done = COPIED.format(file) in journal
-        for tensor in plan.tensors:
-            if tensor.action == "copy" and tensor.source.file == file:
-                if done:
-                    writer.keep(tensor.name)
-                else:
-                    writer.copy(tensor.source, plan.source.path)
-        if not done:
-            writer.sync()
-            journal.record(COPIED.format(file))
-    progress("copying weights", len(files), len(files))
+def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal) -> None:
+    """What does not change of one file of the source, byte for byte."""
+    names = [tensor.name for tensor in plan.tensors if tensor.action == "copy" and tensor.source.file == file]
+    done = COPIED.format(file) in journal
+    for name in names:
+        if done:
+            writer.keep(name)
+        else:
+            writer.copy(plan.source.tensors[name], plan.source.path)
+    if not done:
+        writer.sync(names)
+        journal.record(COPIED.format(file))
 
 
 def _merged_layers(
@@ -178,9 +221,14 @@ def _merged_layers(
 
 
 def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int) -> AttentionWeights:
-    """The attention of one layer as it lies on the disk."""
+    """The attention of one layer as it lies on the disk; what no merge touches is not read."""
+    changes = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
     stored = {name: specs.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
-    tensors = {name: read_tensor(folder, spec) for name, spec in stored.items() if spec is not None}
+    tensors = {
+        name: (read_tensor if spec.name in changes else map_tensor)(folder, spec)
+        for name, spec in stored.items()
+        if spec is not None
+    }
     return unpack(tensors, plan.family, plan.head_dim)
 
 

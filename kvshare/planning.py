@@ -208,7 +208,7 @@ def plan(
         eval_mode,
         seed,
     )
-    most = None if max_shard_size is None else bytes_of(max_shard_size)
+    most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     return make_plan(describe(model), settings, max_shard_bytes=most)
 
 

@@ -19,8 +19,8 @@ UNITS = {
 }
 
 
-def bytes_of(size: str | int) -> int:
-    """Bytes of `8GB` (8e9), `8GiB` (8 x 2^30) or a number.
+def bytes_of(size: str | int, name: str) -> int:
+    """Bytes of `8GB` (8e9), `8GiB` (8 x 2^30) or a number; `name` is the setting that it is given for.
 
     Raises:
         UsageError: it cannot be read, or is 0.
@@ -28,7 +28,7 @@ def bytes_of(size: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     units = {unit.lower(): count for unit, count in UNITS.items()}
     if not found or found[2].lower() not in units or not float(found[1]):
-        raise UsageError(f"the size {size!r} cannot be read", "it is a number with a unit", "for example: 8GB or 8GiB")
+        raise UsageError(f"{name} = {size!r} cannot be read", "it is a number with a unit", "for example: 8GB or 8GiB")
     return int(float(found[1]) * units[found[2].lower()])
 
 

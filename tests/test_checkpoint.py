@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import kvshare
 from kvshare import checkpoint as checkpoints
 from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish
 from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
+from kvshare.tensors import DTYPES, is_finite
 from kvshare.verification import verify, verify_form
 
 
@@ -192,6 +194,23 @@ def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
 def test_nan_and_overflow_never_leave(tmp_path: Path, dtype: str, value: float) -> None:
     with pytest.raises(BadCheckpointError, match="NaN or infinity"):
         small_writer(tmp_path, dtype).put("b", torch.full((4,), value))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+def test_finite_is_what_torch_calls_finite(dtype: torch.dtype) -> None:
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    finite = torch.tensor([0.0, -0.0, largest, -largest, smallest, smallest / 2, 1.5], dtype=dtype)
+    assert is_finite(finite)
+    assert is_finite(finite[:0])
+    assert is_finite(finite[0])
+    for value in (math.nan, math.inf, -math.inf):
+        for place in range(len(finite)):
+            broken = finite.clone()
+            broken[place] = value
+            assert not is_finite(broken)
+            assert is_finite(broken[place:][1:])
+            assert not is_finite(broken[place])
+    assert not is_finite(torch.full((4, 6), math.nan, dtype=dtype).T)
 
 
 def test_a_full_disk_keeps_the_work_and_says_where(
