@@ -9,9 +9,10 @@ Heads are renumbered: output head 0 serves the first group's query heads, and so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, product, repeat
 
 import torch
 from torch import Tensor
@@ -59,7 +60,12 @@ def solve_layer(
     if not joint:
         return [solve_in_turn(problem) for problem in problems]
     known: Sequence[GroupSolution | None] = starts or [None] * len(problems)
-    return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
+    # many small products: a head keeps one core busy, not all of them
+    workers = 1 if weights.k.is_cuda else min(len(problems), torch.get_num_threads())
+    if workers == 1:
+        return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(solve_group, problems, repeat(iterations), known))
 
 
 def layer_problems(weights: AttentionWeights, moments: Moments, balance: float = 1.0) -> list[GroupProblem]:
