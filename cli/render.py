@@ -175,8 +175,22 @@ def print_plan(values: dict[str, Any]) -> None:
             ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
             ("disk needed", "", size(values["disk_bytes"])),
             ("memory needed, about", "", size(values["memory_bytes"])),
+            ("time on this machine, about", "", _stages(values["seconds"])),
         ],
         ("", "source", "converted"),
     )
     for reason in values["reasons"]:
         print(f"- {reason}")
+
+
+def _stages(seconds: dict[str, float]) -> str:
+    """Seconds by stage as their sum and the longest stage."""
+    longest = max(seconds, key=lambda stage: seconds[stage])
+    return f"{_rounded(sum(seconds.values()))}, {longest} {_rounded(seconds[longest])}"
+
+
+def _rounded(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -239,7 +239,8 @@ def merge_on_statistics(
         layer: for the report.
     """
     balance = settings.balance[0] if len(settings.balance) == 1 else FIXED_BALANCE
-    merged, report = merge_svd(weights, moments.grouping, solve_layer(weights, moments, balance, None, ALONE_ITERATIONS, settings.joint))
+    solved = solve_layer(weights, moments, balance, None, ALONE_ITERATIONS, settings.joint)
+    merged, report = merge_svd(weights, moments.grouping, solved)
     return merged, LayerReport(layer, report.lost, None, balance, report.condition, report.grouping)
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["recipe", "families", "source", "budget", "repeats"],
     ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes"],
     ["planning", "merge", "data"],
-    ["moments", "layout"],
+    ["moments", "layout", "duration"],
     ["activations"],
     ["streaming", "passes"],
     ["fit"],

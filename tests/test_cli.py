@@ -111,6 +111,9 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
     result = run("plan", "kvshare/tiny", "--kv-heads", "1/4", "--init", "mean", "--recipe", "quick", "--json")
     assert (result.code, result.err) == (0, "")
     values = json.loads(result.out)
+    seconds = values.pop("seconds")
+    assert seconds.keys() == {"starting", "copying", "writing text", "measuring"}  # of the text to measure on
+    assert all(0 <= stage < 3600 for stage in seconds.values())
     assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
     assert values.keys() == {
         *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
@@ -126,7 +129,7 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
 def test_plan_prints_a_table_for_people(run: Callable[..., Outcome]) -> None:
     result = run("plan", "kvshare/tiny")
     assert result.code == 0
-    for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8"):
+    for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8", "time on this machine"):
         assert text in result.out
 
 
@@ -136,6 +139,7 @@ def test_plan_of_a_budget_shows_its_bounds(run: Callable[..., Outcome]) -> None:
     for text in ("by layer", "at most 896 B", "at least 70.83%", "per-layer head counts are not native"):
         assert text in result.out
     values = json.loads(run("plan", "kvshare/tiny", "--cache-budget", "0.3", "--json").out)
+    assert values.pop("seconds")["choosing heads"] > 0
     assert values == kvshare.plan("kvshare/tiny", cache_budget=0.3).to_dict()
     assert (values["layer_heads"], values["cache_budget"]) == (None, 0.3)
 

@@ -70,7 +70,6 @@ def solve_layer(
 
 def layer_problems(weights: AttentionWeights, moments: Moments, balance: float = 1.0) -> list[GroupProblem]:
     """The problem of every output head of a layer, in float64; for the arguments see `solve_layer`."""
-    weights = weights.to(torch.float64)
     return [
         _problem(weights, group, keys, values, moments, balance)
         for group, keys, values in zip(moments.grouping, moments.keys, moments.values, strict=True)
@@ -87,7 +86,7 @@ def merge_svd(
         grouping: the source KV heads of each output head.
         solutions: one per output head.
     """
-    merged = _assemble(weights.to(torch.float64), grouping, solutions)
+    merged = _assemble(weights, grouping, solutions)
     loss, energy = (sum(getattr(solution, name) for solution in solutions) for name in ("loss", "energy"))
     condition = max(float(torch.linalg.cond(solution.readers).max()) for solution in solutions)
     return merged, MergeReport(grouping, loss / max(energy, 1e-30), loss, condition)
@@ -144,7 +143,7 @@ def _problem(
     targets = torch.eye(numbers, keys.shape[-1], dtype=torch.float64, device=keys.device).view(2, count, width, -1)
     for target, bias in zip(targets, (weights.k_bias, weights.v_bias), strict=True):
         if bias is not None:
-            target[:, :, -1] = bias.view(heads, width)[list(group)]
+            target[:, :, -1] = bias.view(heads, width)[list(group)].double()
     return GroupProblem(
         keys,
         values,
@@ -229,22 +228,23 @@ def _exchanged(grouping: Grouping, cost: Callable[[tuple[int, ...]], float]) -> 
 
 
 def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]) -> AttentionWeights:
-    """Fold the gauges into q, the readers into o, and lay the heads in their new order."""
-    width, heads, hidden = weights.head_dim, weights.kv_heads, weights.q.shape[1]
-    query_rows = weights.q.view(heads, -1, width, hidden)  # (kv heads, queries per kv head, head_dim, hidden)
-    query_bias = None if weights.q_bias is None else weights.q_bias.view(heads, -1, width)
-    out = weights.o.view(weights.o.shape[0], heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
-    keys, values = (part.view(heads, width, hidden) for part in (weights.k, weights.v))
+    """Fold the gauges into q, the readers into o, and lay the heads in their new order; a head at a time becomes float64."""
+    width, hidden, per_head = weights.head_dim, weights.q.shape[1], weights.query_heads // weights.kv_heads
+    identity = torch.eye(width, dtype=torch.float64, device=weights.q.device)
 
     shared, q, q_bias, o = [], [], [], []
     for group, solution in zip(grouping, solutions, strict=True):
-        index = torch.tensor(group, device=weights.q.device)
-        shared.append(solution.projection @ torch.stack([keys[index], values[index]]).view(-1, hidden))
-        matrices = solution.key_readers  # B (g, D, D): a score is q . B s = (B^T q) . s
-        q.append(torch.einsum("gij,gqih->gqjh", matrices, query_rows[index]).reshape(-1, hidden))
-        if query_bias is not None:
-            q_bias.append(torch.einsum("gij,gqi->gqj", matrices, query_bias[index]).flatten())
-        o.append(torch.einsum("ogqi,gij->ogqj", out[:, index], solution.readers).reshape(out.shape[0], -1))
+        heads = [part[head * width : (head + 1) * width].double() for part in (weights.k, weights.v) for head in group]
+        shared.append(solution.projection @ torch.cat(heads))
+        for head, matrix, reader in zip(group, solution.key_readers, solution.readers, strict=True):
+            queries = slice(head * per_head * width, (head + 1) * per_head * width)
+            rows = weights.q[queries].double()
+            # a score is q . B s = (B^T q) . s
+            turned = rows if torch.equal(matrix, identity) else (matrix.T @ rows.view(per_head, width, hidden)).flatten(0, 1)
+            q.append(turned)
+            if weights.q_bias is not None:
+                q_bias.append((weights.q_bias[queries].double().view(per_head, width) @ matrix).flatten())
+            o.append((weights.o[:, queries].double().reshape(-1, width) @ reader).view(weights.o.shape[0], -1))
 
     projection = torch.cat(shared)
     return replace(
