@@ -97,8 +97,8 @@ def test_options_are_named_as_in_the_library(verb: str) -> None:
     options.pop("quiet")  # of the command line alone; the library shows nothing
     parameters = dict(inspect.signature(getattr(kvshare, VERBS[verb])).parameters)
     parameters.pop("progress", None)
-    if verb == "convert":
-        options.pop("dry_run")  # of the command line alone; the library has `plan`
+    if "dry_run" not in parameters:
+        options.pop("dry_run", None)  # of the command line alone; the library has `plan`
     assert options.keys() == parameters.keys()
     for name, option in options.items():
         if option.param_type_name == "option":
@@ -478,3 +478,28 @@ def test_progress_on_a_terminal_uses_no_colour_where_none_is_wanted(monkeypatch:
     assert all("measuring" in text and "2/2" in text for text in shown.values())
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", shown["with"])
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9](?:;[0-9;]*)?m", shown["without"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would show 6 layers on 8,192 tokens"),
+        (("bench", "CHECKPOINT", "--against", "kvshare/tiny", "-o", "OUT"), "5 pairs each of 1 x 128, 1 x 512, 4 x 128, 4 x 512"),
+        (("recipes", "copy", "half", "OUT"), "would be the recipe half"),
+        (("calibrate", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would hold 6 layers for 8 KV heads"),
+        (("convert", "kvshare/tiny", "-o", "OUT", "--calibration", "TEXT"), "nothing was written; without --dry-run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_dry_run_checks_and_writes_nothing(
+    words: tuple[str, ...], said: str, run: Callable[..., Outcome], checkpoint: Path, tmp_path: Path, text_file: str
+) -> None:
+    places = {"OUT": str(tmp_path / "out"), "TEXT": text_file, "CHECKPOINT": str(checkpoint)}
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*(places.get(word, word) for word in words), "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert said in result.out
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert run(*(places.get(word, word) for word in words), "--dry-run").code == 2  # what would be refused is refused
