@@ -79,7 +79,7 @@ def layer_problems(weights: AttentionWeights, moments: Moments, balance: float =
 def merge_svd(
     weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]
 ) -> tuple[AttentionWeights, MergeReport]:
-    """The weights of the shared layer, in float64, and what the merge lost.
+    """The weights of the shared layer and what the merge lost; in float64, but for queries that stay as they are.
 
     Args:
         weights: the source layer.
@@ -231,6 +231,9 @@ def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence
     """Fold the gauges into q, the readers into o, and lay the heads in their new order; a head at a time becomes float64."""
     width, hidden, per_head = weights.head_dim, weights.q.shape[1], weights.query_heads // weights.kv_heads
     identity = torch.eye(width, dtype=torch.float64, device=weights.q.device)
+    same = all(torch.equal(matrix, identity) for solution in solutions for matrix in solution.key_readers)
+    # keys that are kept, of heads that stay where they are: so do the queries, which are the largest matrix here
+    same = same and [head for group in grouping for head in group] == list(range(weights.kv_heads))
 
     shared, q, q_bias, o = [], [], [], []
     for group, solution in zip(grouping, solutions, strict=True):
@@ -238,22 +241,21 @@ def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence
         shared.append(solution.projection @ torch.cat(heads))
         for head, matrix, reader in zip(group, solution.key_readers, solution.readers, strict=True):
             queries = slice(head * per_head * width, (head + 1) * per_head * width)
-            rows = weights.q[queries].double()
-            # a score is q . B s = (B^T q) . s
-            turned = rows if torch.equal(matrix, identity) else (matrix.T @ rows.view(per_head, width, hidden)).flatten(0, 1)
-            q.append(turned)
-            if weights.q_bias is not None:
-                q_bias.append((weights.q_bias[queries].double().view(per_head, width) @ matrix).flatten())
+            if not same:
+                # a score is q . B s = (B^T q) . s
+                q.append((matrix.T @ weights.q[queries].double().view(per_head, width, hidden)).flatten(0, 1))
+                if weights.q_bias is not None:
+                    q_bias.append((weights.q_bias[queries].double().view(per_head, width) @ matrix).flatten())
             o.append((weights.o[:, queries].double().reshape(-1, width) @ reader).view(weights.o.shape[0], -1))
 
     projection = torch.cat(shared)
     return replace(
         weights,
-        q=torch.cat(q),
+        q=weights.q if same else torch.cat(q),
         k=projection,
         v=projection,
         o=torch.cat(o, dim=1),
-        q_bias=torch.cat(q_bias) if q_bias else None,
+        q_bias=torch.cat(q_bias) if q_bias else weights.q_bias,
         k_bias=None if weights.k_bias is None else torch.cat([solution.key_constant for solution in solutions]),
         v_bias=None if weights.v_bias is None else torch.cat([solution.value_constant for solution in solutions]),
     )
