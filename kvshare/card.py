@@ -15,6 +15,7 @@ import yaml
 from kvshare.card_plot import PLOT, draw_plot
 from kvshare.data import ENDINGS
 from kvshare.families import family_of
+from kvshare.parsing import parse_yaml, read_bytes
 from kvshare.recipe import CALIBRATED, SELF, Evaluation, Recipe
 from kvshare.source import Source
 
@@ -27,14 +28,10 @@ RELATION = "finetune"
 
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML front matter of a model card; empty where there is none or it cannot be read."""
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return {}
     try:
-        values = yaml.safe_load(text[3:].partition("\n---")[0])
-    except yaml.YAMLError:
+        text = read_bytes(card).decode("utf-8", errors="replace")
+        values = parse_yaml(text[3:].partition("\n---")[0].encode()) if text.startswith("---") else None
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -62,7 +59,7 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
     if heals is None and recipe.init in CALIBRATED:
         used.append(recipe.calibration.data)
     known = matter.get("datasets") or []
-    names = [known] if isinstance(known, str) else list(known)
+    names = list(known) if isinstance(known, list | tuple) else [known]
     for data in used:
         # org/name[/config][:split]; a file has an ending, and the source's own text is no data set
         if "/" in data and not data.endswith(ENDINGS):
@@ -74,7 +71,7 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
 def card_files(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes | None]:
     """The card and its figure by file name; None for a figure that there is nothing to draw in. Arguments as of `write_card`."""
     plot = draw_plot(report)
-    return {PLOT: plot, "README.md": write_card(config, matter, report, None if plot is None else PLOT).encode()}
+    return {PLOT: plot, "README.md": write_card(config, matter, report, None if plot is None else PLOT).encode(errors="replace")}
 
 
 def write_card(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any], plot: str | None = None) -> str:
