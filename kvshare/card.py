@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from kvshare.card_plot import PLOT, draw_plot
+from kvshare.card_plot import BY_LAYER, PLOT, draw_plot
 from kvshare.data import ENDINGS
+from kvshare.errors import BadCheckpointError
 from kvshare.families import family_of
-from kvshare.parsing import parse_yaml, read_bytes
+from kvshare.parsing import is_file, parse_yaml, read_bytes
 from kvshare.recipe import CALIBRATED, SELF, Evaluation, Recipe
-from kvshare.source import Source
+from kvshare.source import Source, read_json
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 # The Hub knows adapter, merge, quantized and finetune. These are complete weights of one model in their own precision, changed by
@@ -66,6 +67,27 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
             name = "/".join(data.partition(":")[0].split("/")[:2])
             names += [name] if name not in names else []
     return matter | ({"datasets": names} if names else {})
+
+
+def carried_report(checkpoint: Path) -> dict[str, Any]:
+    """What of a checkpoint's report stays true when its weights change: figures measured on others would be a lie.
+
+    Raises:
+        BadCheckpointError: there is a report, and it does not list figures by layer as kvshare does.
+    """
+    file = checkpoint / "report.json"
+    if not is_file(file):
+        return {}
+    report = read_json(file)
+    layers = report.get("layers", []) if isinstance(report, dict) else None
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, dict)
+        and type(layer.get("layer")) is int
+        and all(isinstance(layer.get(key), int | float | None) for key in BY_LAYER)
+        for layer in layers
+    ):
+        raise BadCheckpointError(f"{file} cannot be used", "it does not list figures by layer", "convert the model again")
+    return {"layers": layers} if "layers" in report else {}
 
 
 def card_files(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes | None]:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import __version__
-from kvshare.card import card_files, front_matter, with_datasets
-from kvshare.card_plot import BY_LAYER
+from kvshare.card import card_files, carried_report, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -35,7 +34,7 @@ from kvshare.checkpoint import (
     write_json,
 )
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer, rows_per_forward
-from kvshare.errors import BadCheckpointError, KVShareError, UsageError
+from kvshare.errors import KVShareError, UsageError
 from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of
 from kvshare.layout import tied
@@ -142,27 +141,6 @@ def heal(
         write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
         publish(staged, target)
     return result
-
-
-def carried_report(checkpoint: Path) -> dict[str, Any]:
-    """What of a checkpoint's report stays true when its weights change: figures measured on others would be a lie.
-
-    Raises:
-        BadCheckpointError: there is a report, and it does not list figures by layer as kvshare does.
-    """
-    file = checkpoint / "report.json"
-    if not is_file(file):
-        return {}
-    report = read_json(file)
-    layers = report.get("layers", []) if isinstance(report, dict) else None
-    if not isinstance(layers, list) or not all(
-        isinstance(layer, dict)
-        and type(layer.get("layer")) is int
-        and all(isinstance(layer.get(key), int | float | None) for key in BY_LAYER)
-        for layer in layers
-    ):
-        raise BadCheckpointError(f"{file} cannot be used", "it does not list figures by layer", "convert the model again")
-    return {"layers": layers} if "layers" in report else {}
 
 
 def _check_state(state: Path, job: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
     try:
         with no_init_weights(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            model.tie_weights()
     except Exception as error:  # of many kinds, all of them about what the config says
         raise _refused(folder / "config.json", error) from error
     missing = []
