@@ -139,8 +139,8 @@ def convert(
     source = open_source(model)
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     plan = make_plan(source, settings, max_shard_bytes=most)
-    job = _job(plan)
     tokenizer = check_conversion(plan, target, overwrite)
+    job = _job(plan)
     checked = check_layers(plan, progress) if plan.recipe.init == "exact" else ()
     with workspace(target, resumable=True) as work:
         journal = open_journal(work, job, restart)

@@ -1,5 +1,7 @@
 """Whatever lies in a file that kvshare reads: a result, or a refusal in three lines. No other exception, no write elsewhere.
 
+Elsewhere is what is neither a folder of the test nor the cache of the Hub; the interpreter itself reports what is written.
+
 Random bytes rarely get past a first check, so most inputs are valid ones in which some fields were changed, taken away, renamed,
 doubled or exchanged. `pytest --hypothesis-profile=thorough tests/test_fuzz.py` tries many more of them (see conftest.py).
 """
@@ -11,8 +13,10 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import TINY_FOLDER, random_model
+from conftest import QUICK, TEXT, TINY_FOLDER, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killing import CHANGES, WRITES
 from safetensors.torch import load_file, save, save_file
 from test_hub import Hub
 
@@ -43,11 +49,12 @@ from kvshare.journal import JOURNAL, open_journal
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native
 from kvshare.planning import make_plan
-from kvshare.recipe import Recipe, load_recipe, recipe_names
+from kvshare.recipe import Calibration, Recipe, load_recipe, recipe_names
 from kvshare.retrieval import read_questions
 from kvshare.sensitivity import Sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import INDEX, SINGLE, Source, open_source, read_header
+from kvshare.statistics import DESCRIPTION, LAYER_FILE
 from kvshare.streaming import open_skeleton
 from kvshare.verification import read_block, verify, verify_form
 
@@ -154,12 +161,50 @@ def cases(share: float = 1.0) -> Any:
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+class Watch:
+    """What is written, renamed or removed beyond some folders while a reader works."""
+
+    def __init__(self) -> None:
+        self.allowed: tuple[str, ...] = ()
+        self.active, self.strays = False, list[str]()
+        sys.addaudithook(self.see)
+
+    def see(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Called by the interpreter for everything that it does to files, and much else."""
+        if not self.active or (event != "open" and event not in CHANGES):
+            return
+        if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITES):
+            return
+        if isinstance(arguments[0], str | bytes | os.PathLike):
+            inside = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1  # a folder that is open, or none
+            folder = "" if inside == -1 else os.readlink(f"/proc/self/fd/{inside}")
+            path = os.path.realpath(os.path.join(folder, os.fsdecode(arguments[0])))
+            if not path.startswith(self.allowed):
+                self.strays.append(f"{event} {path}")
+
+
+WATCH = Watch()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    cache = os.path.dirname(huggingface_hub.constants.HF_HUB_CACHE)
+    WATCH.allowed = tuple(map(os.path.realpath, (tmp_path_factory.getbasetemp(), cache, os.devnull)))
+    yield
+    WATCH.allowed = ()
+
+
 def outcome(action: Callable[[], Any]) -> Any:
     """The result; or the refusal, which has what, why and what to do, and nothing that a terminal would obey."""
+    before, WATCH.active = WATCH.active, True
     try:
         return action()
     except KVShareError as error:
         refusal = error
+    finally:
+        WATCH.active = before
+        strays, WATCH.strays = WATCH.strays, []
+        assert not strays, strays
     lines = str(refusal).split("\n")
     assert [line[:7] for line in lines[1:]] == ["  why: ", "  do:  "], lines
     assert all(line.isprintable() for line in lines), lines
@@ -196,6 +241,10 @@ class Files:
         write_json(self.sharded / INDEX, {"weight_map": {name: file for file, held in shards.items() for name in held}})
         (self.sharded / SINGLE).rename(folder / "outside.safetensors")
         kvshare.convert(self.source, self.converted, init="mean", heal=False, eval_mode="off")
+        (folder / "text.txt").write_text("<|endoftext|>".join(TEXT), encoding="utf-8")
+        self.statistics = folder / "statistics"
+        short = QUICK.model_copy(update={"calibration": Calibration(sequence_length=16)})
+        kvshare.calibrate(self.source, self.statistics, kv_heads=1, recipe=short, data=str(folder / "text.txt"), tokens=64)
         self.kept = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
     def json(self, file: Path) -> Any:
@@ -392,6 +441,32 @@ def test_manifests(files: Files, data: st.DataObject) -> None:
         pushed = outcome(lambda: kvshare.push(files.converted, "org/name", dry_run=True))
         if not isinstance(pushed, KVShareError):
             assert all((files.converted / name).resolve().parent == files.converted.resolve() for name in pushed.files)
+
+
+@cases(0.3)
+@given(data=st.data(), name=st.sampled_from([DESCRIPTION, LAYER_FILE.format(0), LAYER_FILE.format(1), MANIFEST]))
+def test_statistics(files: Files, folder: Path, data: st.DataObject, name: str) -> None:
+    """What a conversion takes in place of text: moments of other shapes, heads that are not there, damaged files."""
+    file = files.statistics / name
+    if name.endswith(".json"):
+        content = data.draw(texts(files.json(file)))
+    else:
+        header, numbers = header_of(files.kept[file])
+        scale = data.draw(st.sampled_from([1.0, 0.0, -1.0, 1e-300, 1e300]))
+        changed_numbers = (numpy.frombuffer(numbers) * scale).tobytes()
+        content = with_header(as_bytes(data.draw(st.just(header) | changed(header))), changed_numbers)
+    output = folder / "from-statistics"
+    with files.changed(file, content):
+        made = outcome(
+            lambda: kvshare.convert(
+                files.source, output, init="svd", kv_heads=1, statistics=files.statistics, heal=False, eval_mode="off"
+            )
+        )
+    assert output.exists() != isinstance(made, KVShareError)
+    if output.exists():
+        verify(output)
+        shutil.rmtree(output)
+    assert not list(folder.glob("*from-statistics*"))
 
 
 REPORT = {
