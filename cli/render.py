@@ -40,7 +40,8 @@ def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...
     for row in rows:
         table.add_row(*row)
     # a file has no width: nothing in it is broken up or cut short to fit one
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+    # and names are shown as they are, brackets and all
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False, emoji=False).print(table)
 
 
 def print_choice(sensitivity: Sensitivity) -> None:

@@ -33,7 +33,7 @@ from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
 from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal
 from kvshare.layerwise import LayerReport
-from kvshare.loading import load, load_native
+from kvshare.loading import load, load_native, reload
 from kvshare.memory import needs_whole
 from kvshare.merged import layer_reports, named, weight_sums, write_merged
 from kvshare.planning import Plan, make_plan
@@ -43,7 +43,6 @@ from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
 from kvshare.statistics import open_statistics
-from kvshare.verification import verify_form
 
 SENSITIVITY, MERGED, HEALED, MEASURED = "sensitivity", "merged", "healed", "measured"  # the stages, as the journal names them
 
@@ -140,8 +139,8 @@ def convert(
     source = open_source(model)
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     plan = make_plan(source, settings, max_shard_bytes=most)
-    job = _job(plan)
     tokenizer = check_conversion(plan, target, overwrite)
+    job = _job(plan)
     checked = check_layers(plan, progress) if plan.recipe.init == "exact" else ()
     with workspace(target, resumable=True) as work:
         journal = open_journal(work, job, restart)
@@ -228,9 +227,8 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
             healed = heal_into(fresh_folder(staged), merged, teacher, rows, settings, training, True, progress)
             carry_files(merged, staged)
             journal.record(HEALED, asdict(healed))
-    if settings.evaluation.mode != "whole":
-        verify_form(staged)
-    elif MEASURED not in journal:
+    reload(staged, {t.name: (t.dtype, t.shape) for t in plan.tensors}, [t.name for t in plan.tensors if t.action == "merge"])
+    if settings.evaluation.mode == "whole" and MEASURED not in journal:
         assert held_out is not None
         journal.record(MEASURED, asdict(_measure(staged, teacher, held_out, settings, progress)))
     return staged

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import __version__
-from kvshare.card import card_files, front_matter, with_datasets
+from kvshare.card import card_files, carried_report, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -36,13 +36,15 @@ from kvshare.checkpoint import (
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer, rows_per_forward
 from kvshare.errors import KVShareError, UsageError
 from kvshare.families import Family, family_of
+from kvshare.geometry import geometry_of
 from kvshare.layout import tied
-from kvshare.loading import load, load_native
+from kvshare.loading import load, load_native, reload
 from kvshare.merge import repeat_heads
+from kvshare.parsing import is_file, shown
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Heal, Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
-from kvshare.verification import read_block, verify
+from kvshare.verification import listed_files, read_block, verify
 
 BASE_RATE, BASE_HIDDEN = 2e-3, 128
 FINGERPRINT = "job.json"
@@ -122,6 +124,7 @@ def heal(
         "seed": settings.seed,
         **settings.heal.model_dump(mode="json"),
     }
+    carried = carried_report(folder)
     if resume:
         _check_state(work_folder(target) / "training", job)
     with workspace(target, resumable=True) as work:
@@ -132,9 +135,7 @@ def heal(
         staged = fresh_folder(work / "healed")
         result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
         carry_files(folder, staged)
-        report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
-        # figures measured on other weights would be a lie here
-        report = {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}}
+        report = {"heal": result.to_dict(), **carried}
         write_json(staged / "report.json", report)
         matter = with_datasets(front_matter(folder / "README.md"), settings, heals=True)
         write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
@@ -148,14 +149,15 @@ def _check_state(state: Path, job: dict[str, Any]) -> None:
     Raises:
         UsageError: there is nothing to resume, or it belongs to a job with other settings; the first field is named.
     """
-    if not (state / FINGERPRINT).is_file():
+    if not is_file(state / FINGERPRINT):
         raise UsageError("there is nothing to resume", f"{state} holds no training state", "run the command without --resume")
     earlier = read_json(state / FINGERPRINT)
     for field, value in job.items():
-        if earlier.get(field) != value:
+        before = earlier.get(field) if isinstance(earlier, dict) else None
+        if before != value:
             raise UsageError(
                 f"the saved training state is of another job: {field} differs",
-                f"it was {earlier.get(field)!r} and is now {value!r}",
+                f"it was {shown(before)} and is now {value!r}",
                 "repeat the earlier settings, or run without --resume to start again",
             )
 
@@ -178,8 +180,9 @@ def heal_into(
     bare = f"{student.base_model_prefix}."
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
     if family.kv_heads is not None:
+        geometry = geometry_of(config, family, str(checkpoint))
         for name in [name for name in changed if f".{family.k}." in name]:
-            changed[name] = repeat_heads(changed[name], int(config["head_dim"]), int(config[family.kv_heads]))
+            changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
     changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family).items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
@@ -195,15 +198,18 @@ def heal_into(
         "heal": recipe.heal.model_dump(mode="json"),
     }
     write_json(staged / "config.json", config)
+    reload(staged, {spec.name: (spec.dtype, spec.shape) for spec in specs.values()}, changed.keys() & specs.keys())
     return result
 
 
 def carry_files(checkpoint: Path, staged: Path) -> None:
-    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card."""
-    weights = {*weight_files(checkpoint), INDEX, MANIFEST}
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name not in weights and not (staged / file.name).exists():
-            shutil.copyfile(file, staged / file.name)
+    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card. Where there is a manifest, those that
+    it names, and nothing that someone has put beside them.
+    """
+    known = listed_files(checkpoint) if is_file(checkpoint / MANIFEST) else {file.name for file in checkpoint.iterdir()}
+    for name in sorted({*known} - {*weight_files(checkpoint), INDEX, MANIFEST}):
+        if is_file(checkpoint / name) and not (staged / name).exists():
+            shutil.copyfile(checkpoint / name, staged / name)
 
 
 def train(

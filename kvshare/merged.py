@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvshare import __version__
 from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
+from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
 from kvshare.journal import Journal
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
@@ -231,8 +232,15 @@ def _merged_layers(
                 weights = merge_mean(source, plan.kv_heads)
             else:
                 source = replace(source, rotary_dim=statistics.rotary_dims[index])
-                moments = read_moments(taken, statistics, index)
-                weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+                moments = read_moments(taken, statistics, index, source)
+                try:
+                    weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+                except torch.linalg.LinAlgError as error:
+                    raise BadCheckpointError(
+                        f"layer {index} cannot be merged with the statistics in {taken}",
+                        str(error).partition(" (")[0],
+                        "take the statistics again with `kvshare calibrate`",
+                    ) from None
             weights = as_stored(weights, plan, index)
         if skeleton is None:
             yield MergedLayer(None, None, weights, report)

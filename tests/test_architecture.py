@@ -15,9 +15,10 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
+    ["parsing"],
     ["recipe", "families", "source", "budget", "repeats"],
-    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes"],
-    ["planning", "merge", "data"],
+    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "geometry"],
+    ["planning", "merge", "data", "native"],
     ["moments", "layout", "duration"],
     ["activations"],
     ["streaming", "passes"],
