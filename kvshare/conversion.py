@@ -36,6 +36,7 @@ from kvshare.layerwise import LayerReport
 from kvshare.loading import load, load_native, reload
 from kvshare.memory import needs_whole
 from kvshare.merged import layer_reports, named, weight_sums, write_merged
+from kvshare.native import native_class
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used
@@ -165,6 +166,7 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     check_space(target, plan.disk_bytes)
     if plan.recipe.calibration.statistics is not None:
         open_statistics(plan.recipe.calibration.statistics, plan)
+    native_class(plan.source.path, plan.source.tensors)
     tokenizer = load_tokenizer(plan.source.path)
     for data in data_used(plan.recipe):
         check_data(data)

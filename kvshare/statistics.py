@@ -268,7 +268,7 @@ def read_moments(folder: str | Path, statistics: Statistics, layer: int, weights
     for name, fitting in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) not in fitting:
             raise BadCheckpointError(
-                f"the file {file} holds no {name} that fits layer {layer}",
+                f"the file {file} lacks {name!r} of layer {layer}, or holds another shape of it",
                 f"its shape would be {' or '.join(map(str, sorted(fitting)))}",
                 "take the statistics again with `kvshare calibrate`",
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import Outcome, edit_json
+from conftest import TINY_FOLDER, Outcome, edit_json
 from kvshare.cli import app
 from kvshare.cli.render import shown_progress
 from transformers import AutoModelForCausalLM
@@ -313,6 +313,20 @@ def test_a_refused_conversion_leaves_nothing_behind(
     text = ["--calibration", text_file, "--eval-data", text_file]
     refused(run("convert", source, "-o", tmp_path / "output", "--no-heal", *text, *options), code, named)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_foreign_code_does_not_run(run: Callable[..., Outcome], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(TINY_FOLDER, tmp_path / "source", ignore=shutil.ignore_patterns("__*")))
+    canary = tmp_path / "canary"
+    (source / "evil.py").write_text(f"open({str(canary)!r}, 'w').close()\nclass Evil: pass\n")
+    edit_json(source / "config.json", lambda c: c.update(auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}))
+    edit_json(source / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.Evil", None]}))
+    words = ("--init", "mean", "--no-heal", "--eval-mode", "off")
+    for command in (("plan", source), ("convert", source, "-o", tmp_path / "out", *words), ("verify", tmp_path / "out")):
+        result = run(*command)
+        assert result.code == 0, result.err
+    assert not canary.exists()
+    assert not (tmp_path / "out" / "evil.py").exists()
 
 
 def test_an_existing_output_stays(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvshare
+from kvshare import conversion
 from kvshare.checkpoint import sha256, work_folder
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
@@ -242,6 +243,76 @@ def test_foreign_code_is_neither_run_nor_copied(tmp_path: Path, text_file: str) 
     assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {
         "AutoModelForCausalLM": "modeling_kvshare.LlamaForCausalLM"
     }
+
+
+@pytest.mark.parametrize("init", ["mean", "svd"])
+def test_sixteen_bits_are_rounded_once(init: str, tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
+    """A source in bfloat16 gives what the same numbers in float32 give, cast at the end."""
+    tensors = {name: value.bfloat16() for name, value in load_file(source_folder("llama-gqa") / "model.safetensors").items()}
+    apart = QUICK.merge.model_copy(update={"sequential": False})  # layers do not see how those before them were rounded
+    written = []
+    for dtype in (torch.bfloat16, torch.float32):
+        source = Path(shutil.copytree(source_folder("llama-gqa"), tmp_path / f"{dtype}"))
+        save_file(
+            {name: value.to(dtype) for name, value in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"}
+        )
+        edit_json(source / "config.json", lambda c, dtype=dtype: c.update(dtype=str(dtype).removeprefix("torch.")))
+        recipe = QUICK.model_copy(update={"init": init, "merge": apart})
+        text: dict[str, Any] = {} if init == "mean" else {"calibration": text_file, "calibration_tokens": 512}
+        kvshare.convert(source, tmp_path / f"{dtype}-out", recipe=recipe, kv_heads=2, eval_mode="off", **text)
+        written.append(load_file(tmp_path / f"{dtype}-out" / "model.safetensors"))
+    assert {value.dtype for value in written[0].values()} == {torch.bfloat16}
+    assert all(torch.equal(value, written[1][name].bfloat16()) for name, value in written[0].items())
+    merged = [name for name in written[1] if "k_proj" in name]
+    assert not any(torch.equal(written[1][name], written[1][name].bfloat16().float()) for name in merged)
+
+
+@pytest.mark.parametrize("part", ["v_proj", "q_proj", "mlp.up_proj"])
+def test_what_was_written_is_read_again_before_it_is_published(
+    part: str, tmp_path: Path, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that gives back other bytes, and a header that is not the planned one."""
+    original = conversion.write_merged
+
+    def damaged(staged: Path, *arguments: Any) -> Any:
+        report = original(staged, *arguments)
+        file = staged / "model.safetensors"
+        tensors = load_file(file)
+        name = f"model.layers.1.{'' if 'mlp' in part else 'self_attn.'}{part}.weight"
+        if part == "v_proj":
+            tensors[name][0, 0] += 1
+        elif part == "q_proj":
+            tensors[name] = tensors[name][:-1].contiguous()
+        else:
+            del tensors[name]
+        save_file(tensors, file, metadata={"format": "pt"})
+        return report
+
+    monkeypatch.setattr(conversion, "write_merged", damaged)
+    named = "K and V of layer 1 differ" if part == "v_proj" else rf"{part}\.weight was not written as planned"
+    with pytest.raises(BadCheckpointError, match=named):
+        kvshare.convert(source_folder("llama-gqa"), tmp_path / "out", init="mean", heal=False, eval_mode="off")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("generation_config.json", {"num_beams": "many"}),
+        ("config.json", {"hidden_act": "nothing"}),
+        ("config.json", {"pad_token_id": "x"}),
+    ],
+    ids=["generation", "activation", "pad"],
+)
+def test_settings_that_no_model_can_have_are_refused_at_once(
+    file: str, fields: dict[str, Any], tmp_path: Path, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(source_folder("llama-gqa"), tmp_path / "source"))
+    edit_json(source / file, lambda values: values.update(fields))
+    monkeypatch.setattr(conversion, "write_merged", None)
+    with pytest.raises(BadCheckpointError, match=file.replace(".", r"\.")):
+        kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_mode="off")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:

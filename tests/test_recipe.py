@@ -113,6 +113,10 @@ def test_a_value_out_of_range_is_named(tmp_path: Path, text: str, named: str) ->
         ("3", "not a mapping"),
         ("1: 2", "not a mapping"),
         ("a: b: c", "is not YAML"),
+        ("seed: 2001-99-99", "is not YAML"),
+        ("heal: &a {tokens: 5, data: *a}", "aliases are not read"),
+        ("seed: !!python/object/apply:os.getcwd []", "is not YAML"),
+        ("[" * 5_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, named: str) -> None:

@@ -199,6 +199,41 @@ def test_weights_that_transformers_would_prefer_are_refused(sharded: Path, name:
     refusal(sharded, BadCheckpointError, name, "transformers would read that file")
 
 
+@pytest.mark.parametrize("field", ["transformers_weights", "fusion_config", "adapter_config.json"])
+def test_what_leads_transformers_elsewhere_is_refused(single: Path, field: str) -> None:
+    """Weights of another name, other modules, an adapter on top: none of them is in the headers that were checked."""
+    if field.endswith(".json"):
+        (single / field).write_text("{}")
+    else:
+        edit_json(single / "config.json", lambda config: config.update({field: "other.safetensors"}))
+    refusal(single, UnsupportedModelError, field, "transformers loads")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model_type": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"hidden_size": ' + b"9" * 5_000 + b"}",
+        b'{"model_type": "\xff"}',
+        b"\0",
+    ],
+    ids=["deep", "long number", "no text", "no JSON"],
+)
+def test_json_that_breaks_parsers_is_refused(single: Path, content: bytes) -> None:
+    (single / "config.json").write_bytes(content)
+    refusal(single, BadCheckpointError, "config.json", "cannot be read")
+
+
+def test_names_cannot_reach_the_terminal(single: Path) -> None:
+    edit_json(single / "config.json", lambda config: config.update(model_type="\x1b[2J\nllama"))
+    assert refusal(single, UnsupportedModelError).isascii()
+
+
+@pytest.mark.parametrize("model", ["org/name@\0", "x\0", "x/" + "y" * 5_000])
+def test_a_name_that_no_file_can_have_is_refused(model: str) -> None:
+    refusal(model, UsageError)
+
+
 @pytest.mark.parametrize(("content", "named"), [(None, "missing"), ("{", "cannot be read"), ("[]", "JSON object")])
 def test_a_useless_config_is_named(single: Path, content: str | None, named: str) -> None:
     (single / "config.json").unlink()
