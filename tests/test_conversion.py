@@ -298,7 +298,7 @@ def test_what_was_written_is_read_again_before_it_is_published(
 @pytest.mark.parametrize(
     ("file", "fields"),
     [
-        ("generation_config.json", {"num_beams": "many"}),
+        ("generation_config.json", {"max_new_tokens": 0}),
         ("config.json", {"hidden_act": "nothing"}),
         ("config.json", {"pad_token_id": "x"}),
     ],
