@@ -235,7 +235,7 @@ def _merged_layers(
                 moments = read_moments(taken, statistics, index, source)
                 try:
                     weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
-                except torch.linalg.LinAlgError as error:
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                     raise BadCheckpointError(
                         f"layer {index} cannot be merged with the statistics in {taken}",
                         str(error).partition(" (")[0],
