@@ -304,7 +304,9 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer("a")  # some settings are only looked at then
+        return tokenizer
     except Exception as error:  # of many kinds, all of them about the files
         raise UsageError(
             f"the tokenizer in {path} cannot be loaded",

@@ -15,8 +15,9 @@ import torch
 from kvshare.errors import BadCheckpointError, UnsupportedModelError
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of, require_attention
-from kvshare.parsing import is_file
+from kvshare.parsing import is_file, shown
 from kvshare.source import FLOATS, TensorSpec, read_json
+from kvshare.tensors import DTYPES
 
 GENERATION = "generation_config.json"
 
@@ -35,6 +36,8 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config._attn_implementation = None
         config._experts_implementation = None
+        if config.dtype not in (None, *DTYPES.values()):
+            raise ValueError(f"its dtype is {shown(config.dtype)}")
     except Exception as error:  # of many kinds, all of them about what the file says
         raise _refused(folder / "config.json", error) from error
     if is_file(folder / GENERATION):

@@ -301,8 +301,10 @@ def test_what_was_written_is_read_again_before_it_is_published(
         ("generation_config.json", {"max_new_tokens": 0}),
         ("config.json", {"hidden_act": "nothing"}),
         ("config.json", {"pad_token_id": "x"}),
+        ("config.json", {"dtype": True}),
+        ("config.json", {"dtype": "int8"}),
     ],
-    ids=["generation", "activation", "pad"],
+    ids=["generation", "activation", "pad", "dtype", "whole numbers"],
 )
 def test_settings_that_no_model_can_have_are_refused_at_once(
     file: str, fields: dict[str, Any], tmp_path: Path, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import TEXT, TINY_FOLDER
+from conftest import TEXT, TINY_FOLDER, edit_json
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvshare import data as data_module
@@ -185,6 +186,14 @@ def test_a_tokenizer_without_ends_is_refused(files: dict[str, str], tokenizer: A
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((TINY_FOLDER / "config.json").read_text())
     refusal(lambda: load_tokenizer(tmp_path), str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY_FOLDER / name, tmp_path / name)
+    edit_json(tmp_path / "tokenizer_config.json", lambda settings: settings.update(model_max_length=[]))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_model_writes_the_same_text_for_the_same_seed(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
