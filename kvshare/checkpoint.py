@@ -181,6 +181,8 @@ def work_folder(output: Path) -> Path:
 def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
     """An empty work folder; it goes when the work is done or, unless `keep_on_error`, has failed.
 
+    An error that a user is to act on keeps it only if it says so (`keeps_work`).
+
     Raises:
         UsageError: another run writes the same output.
         NoSpaceError: the disk became full; the folder stays and the message says where it is.
@@ -210,7 +212,7 @@ def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
             f"free space and run the command again; unfinished work lies in {work}",
         ) from error
     except BaseException as error:
-        keep = keep_on_error and not isinstance(error, KVShareError)
+        keep = keep_on_error and (not isinstance(error, KVShareError) or error.keeps_work)
         raise
     finally:
         lock.release()

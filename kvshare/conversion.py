@@ -33,7 +33,7 @@ from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tok
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
 from kvshare.exact import ExactLayer, check_layers
-from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
+from kvshare.healing import carry_files, heal_into, heal_rows
 from kvshare.layerwise import LayerReport, MergedLayer, merge_layers, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.loading import load, load_native
@@ -49,6 +49,7 @@ from kvshare.source import CARRIED_FILES, open_source, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams
 from kvshare.tensors import DTYPES, read_tensor
+from kvshare.training import HealResult
 from kvshare.verification import verify_form
 
 

@@ -11,17 +11,24 @@ from collections.abc import Iterable
 
 
 class KVShareError(Exception):
-    """A refusal or a failure with its reason and its remedy. `exit_code` is what the command line returns."""
+    """A refusal or a failure with its reason and its remedy. `exit_code` is what the command line returns.
+
+    `keeps_work` says that unfinished work is worth going on with, where a command can.
+    """
 
     exit_code = 2
 
-    def __init__(self, what: str, why: str, fix: str) -> None:
+    def __init__(self, what: str, why: str, fix: str, keeps_work: bool = False) -> None:
         super().__init__(f"{what}\n  why: {why}\n  do:  {fix}")
-        self.what, self.why, self.fix = what, why, fix
+        self.what, self.why, self.fix, self.keeps_work = what, why, fix, keeps_work
 
 
 class UsageError(KVShareError):
     """An argument, a recipe or a data set that cannot be used (exit code 2)."""
+
+
+class TrainingError(KVShareError):
+    """Training that cannot start, or that came to nothing (exit code 2)."""
 
 
 class UnsupportedModelError(KVShareError):

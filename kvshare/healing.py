@@ -6,14 +6,14 @@ Never: trains embeddings, trains K and V apart, leaves an adapter that must be l
 
 from __future__ import annotations
 
-import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvshare import __version__
 from kvshare.card import card_files, front_matter, with_datasets
@@ -31,32 +31,20 @@ from kvshare.checkpoint import (
     write_files,
     write_json,
 )
-from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer, rows_per_forward
+from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
-from kvshare.families import Family, family_of
+from kvshare.families import family_of
 from kvshare.layout import tied
 from kvshare.loading import load, load_native
 from kvshare.merge import repeat_heads
 from kvshare.progress import Progress, silent
-from kvshare.recipe import Heal, Recipe, load_recipe
+from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
+from kvshare.training import HealResult, train
 from kvshare.verification import read_block, verify
 
-BASE_RATE, BASE_HIDDEN = 2e-3, 128
 FINGERPRINT = "job.json"
-
-
-@dataclass(frozen=True)
-class HealResult:
-    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step."""
-
-    tokens: int
-    steps: int
-    losses: tuple[tuple[int, float], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON data, for report.json."""
-        return {"tokens": self.tokens, "steps": self.steps, "losses": [list(entry) for entry in self.losses]}
 
 
 def heal(
@@ -90,6 +78,7 @@ def heal(
         UsageError: a checkpoint in exact form, an output that exists, data or tokenizer that cannot be used, a state of
             another job.
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
+        TrainingError: a first step that fails when it is tried, or a loss that diverges; what was saved until then stays.
     """
     folder, target = Path(checkpoint), Path(output)
     settings = load_recipe(recipe, heal__tokens=tokens, heal__data=data, seed=seed)
@@ -122,7 +111,7 @@ def heal(
     }
     if resume:
         _check_state(work_folder(target) / "training", job)
-    with workspace(target, keep_on_error=True) as work:
+    with workspace(target, keep_on_error=True) as work, _keeping_states(work / "training"):
         state = work / "training" if resume else fresh_folder(work / "training")
         write_json(state / FINGERPRINT, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
@@ -138,6 +127,16 @@ def heal(
         write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
         publish(staged, target)
     return result
+
+
+@contextmanager
+def _keeping_states(state: Path) -> Iterator[None]:
+    """Whatever goes wrong, a state that was saved is worth going on with."""
+    try:
+        yield
+    except KVShareError as error:
+        error.keeps_work = error.keeps_work or newest_state(state) is not None
+        raise
 
 
 def _check_state(state: Path, job: dict[str, Any]) -> None:
@@ -202,171 +201,3 @@ def carry_files(checkpoint: Path, staged: Path) -> None:
     for file in sorted(checkpoint.iterdir()):
         if file.is_file() and file.name not in weights and not (staged / file.name).exists():
             shutil.copyfile(file, staged / file.name)
-
-
-def train(
-    student: Any, teacher: Any, rows: Tensor, settings: Heal, seed: int, state: Path, resume: bool, progress: Progress
-) -> tuple[dict[str, Tensor], HealResult]:
-    """Distil `teacher` into `student` with PEFT and the transformers Trainer; returns the changed tensors, LoRA merged.
-
-    Args:
-        student: a shared model in float32; its shared projections are trained in full.
-        teacher: the source model.
-        rows: token ids (rows, length); each is seen once.
-        settings: the recipe's `heal` section.
-        seed: LoRA weights and dropout.
-        state: folder of the Trainer's states.
-        resume: start from the newest state.
-    """
-    import transformers
-    from peft import LoraConfig, get_peft_model
-    from transformers.trainer_utils import get_last_checkpoint
-
-    transformers.set_seed(seed)
-    family = family_of(student.config.model_type)
-    for module in student.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # noise that the teacher does not have; one pass over the text needs no other regulariser
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=2 * settings.lora_rank,
-        lora_dropout=0.0,
-        target_modules=list(_targets(student, settings, family.k)),
-        modules_to_save=_shared_projections(student, family),
-        fan_in_fan_out=family.transposed,
-        task_type="CAUSAL_LM",
-    )
-    adapted = get_peft_model(student, config)
-    length = rows.shape[1]
-    batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
-    steps = math.ceil(len(rows) / batch)
-    rate = settings.learning_rate or BASE_RATE * math.sqrt(BASE_HIDDEN / int(student.config.hidden_size))
-    on_gpu = torch.cuda.is_available()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(state),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=batch // micro,
-        max_steps=steps,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(0.05, 20 / steps),
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        save_strategy="steps",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        bf16=on_gpu,
-        remove_unused_columns=False,
-        label_names=[],
-        dataloader_pin_memory=on_gpu,
-        train_sampling_strategy="sequential",
-    )
-    optimizer = _optimizer(adapted, family.k, rate, settings.shared_rate)
-    trainer = _distiller(adapted, teacher, arguments, optimizer, rows, settings.temperature, progress)
-    newest = get_last_checkpoint(str(state)) if resume else None
-    trainer.train(resume_from_checkpoint=newest)
-    losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
-    if not all(math.isfinite(loss) for _, loss in losses):
-        raise KVShareError("healing diverged", "the loss became NaN or infinite", "lower heal.learning_rate in the recipe")
-    trained = {name.removeprefix("base_model.model.") for name, value in adapted.named_parameters() if value.requires_grad}
-    modules = {name.split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
-    merged: nn.Module = adapted.merge_and_unload()
-    changed = {
-        name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
-    }
-    return changed, HealResult(rows.numel(), steps, losses)
-
-
-def _optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: float) -> torch.optim.Optimizer:
-    """AdamW with a lower rate for the shared projections: values read small parts of them, amplified many times."""
-    trainable = [(name, value) for name, value in adapted.named_parameters() if value.requires_grad]
-    shared = [value for name, value in trainable if f".{shared_name}." in name]
-    others = [value for name, value in trainable if f".{shared_name}." not in name]
-    groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def _shared_projections(student: Any, family: Family) -> list[str] | None:
-    """The names of the projections that K and V share; in untouched layers the module of that name makes keys alone."""
-    shared = {family.weight(layer, "k").removesuffix(".weight") for layer in student.config.kvshare["layers"]}
-    return [name for name, _ in student.named_modules() if name in shared] or None
-
-
-def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str, ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    present = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    targets = tuple(name for name in settings.lora_targets if name in present and name != shared_name)
-    if not targets:
-        raise UsageError(
-            "the recipe's lora_targets are not in the model",
-            f"its linear layers are: {', '.join(sorted(present))}",
-            "name some of these under heal.lora_targets",
-        )
-    return targets
-
-
-def batch_rows(settings: Heal, length: int, vocabulary: int, rows: int) -> tuple[int, int]:
-    """Rows per optimizer step and rows per forward: as many as keep the logits within a GiB, in equal parts."""
-    batch = max(1, min(rows, settings.batch_tokens // length))
-    fits = rows_per_forward(length, vocabulary)
-    return batch, next(micro for micro in range(min(batch, fits), 0, -1) if batch % micro == 0)
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Mean KL(teacher || student) per token in nats, times temperature squared; logits (rows, length, vocabulary)."""
-    wanted = torch.log_softmax(teacher.float() / temperature, dim=-1)
-    given = torch.log_softmax(student.float() / temperature, dim=-1)
-    divergence = nn.functional.kl_div(given, wanted, log_target=True, reduction="sum")
-    return divergence * temperature**2 / (student.shape[0] * student.shape[1])
-
-
-def _distiller(
-    adapted: Any,
-    teacher: Any,
-    arguments: Any,
-    optimizer: torch.optim.Optimizer,
-    rows: Tensor,
-    temperature: float,
-    progress: Progress,
-) -> Any:
-    """A transformers Trainer whose loss is the distance to the teacher, and which reports to `progress`."""
-    from transformers import Trainer, TrainerCallback
-
-    class Distiller(Trainer):
-        loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
-
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            ids = inputs["input_ids"]
-            with torch.no_grad():
-                wanted = teacher(input_ids=ids, use_cache=False).logits
-            output = model(input_ids=ids, use_cache=False)
-            loss = distillation_loss(output.logits, wanted, temperature)
-            return (loss, output) if return_outputs else loss
-
-    class Reporter(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            progress("healing", state.global_step, state.max_steps)
-
-    class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {"input_ids": rows[index]}
-
-    trainer = Distiller(model=adapted, args=arguments, train_dataset=Rows(), callbacks=[Reporter()], optimizers=(optimizer, None))
-    trainer.remove_callback(_printer())
-    teacher.to(trainer.args.device)
-    return trainer
-
-
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback

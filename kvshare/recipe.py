@@ -102,6 +102,8 @@ class Heal(_Settings):
     """Names in all families together; a model has some of them."""
     temperature: PositiveReal = 1.0
     save_steps: Positive = 50
+    divergence_factor: Annotated[float, Field(gt=1)] = 4.0
+    """Training stops when the mean loss of ten steps is more than this many times that of the first step."""
 
 
 class Evaluation(_Settings):

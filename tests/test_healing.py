@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import edit_json
 from safetensors.torch import load_file
 
 import kvshare
 from kvshare.checkpoint import work_folder
-from kvshare.errors import UsageError
+from kvshare.distillation import diverged, newest_state
+from kvshare.errors import TrainingError, UsageError
 from kvshare.families import PARTS, family_of
-from kvshare.healing import batch_rows, distillation_loss
+from kvshare.losses import distillation_loss
+from kvshare.preflight import preflight
 from kvshare.recipe import Heal
+from kvshare.training import batch_rows
 
 
 def short_recipe(folder: Path, **heal: object) -> Path:
@@ -25,6 +31,24 @@ def short_recipe(folder: Path, **heal: object) -> Path:
     settings = {"tokens": 8_192, "batch_tokens": 1_024, "sequence_length": 128, "save_steps": 4, **heal}
     file.write_text(yaml.safe_dump({"heal": settings, "evaluation": {"tokens": 4096}}))
     return file
+
+
+def small(folder: Path, **heal: object) -> Path:
+    """A recipe of 8 steps."""
+    settings = {"tokens": 2_048, "batch_tokens": 256, "sequence_length": 64, "lora_rank": 2, "save_steps": 2}
+    return short_recipe(folder, **settings | heal)
+
+
+def refused(action: Callable[[], object], *named: str) -> TrainingError:
+    with pytest.raises(TrainingError) as caught:
+        action()
+    for name in named:
+        assert name in str(caught.value)
+    return caught.value
+
+
+def fails(*_: object, **__: object) -> None:
+    raise RuntimeError("this machine cannot")
 
 
 def test_healing_brings_a_trained_model_closer(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -71,10 +95,10 @@ def test_layers_of_all_forms_keep_theirs(mixed_folder: Callable[[str], Path], tm
 
 
 def test_resume_continues_to_the_same_weights(
-    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
 ) -> None:
-    folder, recipe = converted_folder("tiny"), short_recipe(tmp_path)
-    undisturbed = kvshare.heal(folder, tmp_path / "whole", "kvshare/tiny", text_file, recipe=recipe)
+    folder, source, recipe = converted_folder("qwen2"), source_folder("qwen2"), small(tmp_path, save_steps=4)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "healing" and done == 6:
@@ -82,16 +106,16 @@ def test_resume_continues_to_the_same_weights(
 
     output = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
-        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, progress=stop)
+        kvshare.heal(folder, output, source, text_file, recipe=recipe, progress=stop)
     assert not output.exists()
     assert work_folder(output).is_dir()
     with pytest.raises(UsageError, match="seed differs"):
-        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, seed=5, resume=True)
+        kvshare.heal(folder, output, source, text_file, recipe=recipe, seed=5, resume=True)
     seen: list[int] = []
     result = kvshare.heal(
         folder,
         output,
-        "kvshare/tiny",
+        source,
         text_file,
         recipe=recipe,
         resume=True,
@@ -108,6 +132,186 @@ def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_pa
     with pytest.raises(UsageError, match="nothing to resume"):
         kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, resume=True)
     assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("accelerate.Accelerator.prepare", "setting up"),
+        ("torch.nn.functional.kl_div", "forward"),
+        ("torch.Tensor.backward", "backward"),
+        ("torch.optim.AdamW.step", "optimizer's step"),
+        ("peft.PeftModel.save_pretrained", "saving"),
+        ("peft.PeftModel.load_adapter", "reading"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_step(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    named: str,
+) -> None:
+    folder, source = converted_folder("llama-gqa"), source_folder("llama-gqa")
+    steps: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            steps.append(done)
+
+    monkeypatch.setattr(broken, fails)
+    output = tmp_path / "out"
+    refused(
+        lambda: kvshare.heal(folder, output, source, text_file, recipe=small(tmp_path), progress=note),
+        "cannot start",
+        named,
+        "this machine cannot",
+    )
+    assert not steps
+    assert not output.exists()
+    assert not work_folder(output).exists()
+
+
+def test_a_state_that_reads_back_otherwise_is_told(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peft.PeftModel.load_adapter", lambda *_, **__: None)
+    sources = converted_folder("llama-gqa"), tmp_path / "out", source_folder("llama-gqa"), text_file
+    refused(lambda: kvshare.heal(*sources, recipe=small(tmp_path)), "cannot start", "not those that were written")
+
+
+def test_the_trial_leaves_no_trace(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = converted_folder("llama-gqa"), source_folder("llama-gqa"), text_file
+    tried: list[Path] = []
+
+    def trial(*arguments: Any) -> None:
+        preflight(*arguments)
+        tried.append(arguments[6])
+
+    monkeypatch.setattr("kvshare.training.preflight", trial)
+    with_trial = kvshare.heal(sources[0], tmp_path / "a", *sources[1:], recipe=small(tmp_path))
+    monkeypatch.setattr("kvshare.training.preflight", lambda *_: None)
+    without = kvshare.heal(sources[0], tmp_path / "b", *sources[1:], recipe=small(tmp_path))
+    assert len(tried) == 1
+    assert with_trial == without
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_training(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    sources = source_folder("llama-gqa"), text_file
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", *sources, recipe=recipe)
+    done = 0
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * math.nan
+
+    def loss(student: torch.Tensor, *rest: Any) -> torch.Tensor:
+        value = distillation_loss(student, *rest)
+        if done == 5:
+            return value * math.nan if where == "loss" else NoGradient.apply(value)
+        return value
+
+    def note(stage: str, steps: int, total: int) -> None:
+        nonlocal done
+        done = steps if stage == "healing" else done
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("kvshare.distillation.distillation_loss", loss)
+        refused(
+            lambda: kvshare.heal(folder, output, *sources, recipe=recipe, progress=note),
+            "step 6",
+            "the state of step 4 is kept in",
+            "lower heal.learning_rate",
+        )
+    assert not output.exists()
+    result = kvshare.heal(folder, output, *sources, recipe=recipe, resume=True)
+    assert result == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_rate_that_is_far_too_high_stops_the_training(
+    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str
+) -> None:
+    recipe = small(tmp_path, tokens=4_096, learning_rate=1.0)
+    error = refused(
+        lambda: kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, recipe=recipe),
+        "diverged",
+        "lower heal.learning_rate",
+    )
+    assert error.keeps_work
+    assert newest_state(work_folder(tmp_path / "out") / "training") is not None
+
+
+def test_when_training_diverges() -> None:
+    assert diverged([1.0] + [4.1] * 9, 4.0) is None  # too early to say
+    assert diverged([1.0] + [4.0] * 10, 4.0) is None
+    assert diverged([1.0] + [0.1] * 50, 4.0) is None
+    assert diverged([1e-6] + [1e-4] * 50, 4.0) is None
+    assert diverged([1.0] * 50 + [4.1] * 10, 4.0) == "the loss of the last 10 steps is 4.1 on average, that of the first step was 1"
+
+
+def test_a_state_that_was_not_written_to_its_end_is_passed_over(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = source_folder("llama-gqa"), text_file
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", *sources, recipe=recipe)
+    save = transformers.TrainerState.save_to_json
+
+    def killed(state: Any, file: str) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        save(state, file)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.TrainerState.save_to_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kvshare.heal(folder, output, *sources, recipe=recipe)
+    states = work_folder(output) / "training"
+    assert (states / "checkpoint-4").is_dir()
+    assert newest_state(states) == states / "checkpoint-2"
+    seen: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            seen.append(done)
+
+    assert kvshare.heal(folder, output, *sources, recipe=recipe, resume=True, progress=note) == undisturbed
+    assert seen == [3, 4, 5, 6, 7, 8]
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(checkpoint: Path, tmp_path: Path, text_file: str) -> None:

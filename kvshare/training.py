@@ -1,0 +1,144 @@
+"""Training of a shared model: LoRA around the cache, the shared projection in full, the source as the teacher.
+
+In: student, teacher, rows of tokens, settings. Out: the tensors that changed, LoRA merged, and what the training did.
+Never: trains embeddings, trains K and V apart.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.data import rows_per_forward
+from kvshare.distillation import (
+    Schedule,
+    make_optimizer,
+    make_trainer,
+    make_watch,
+    mean_losses,
+    newest_state,
+    training_arguments,
+)
+from kvshare.errors import UsageError
+from kvshare.families import Family, family_of
+from kvshare.preflight import preflight
+from kvshare.progress import Progress
+from kvshare.recipe import Heal
+
+BASE_RATE, BASE_HIDDEN = 2e-3, 128
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step."""
+
+    tokens: int
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data, for report.json."""
+        return {"tokens": self.tokens, "steps": self.steps, "losses": [list(entry) for entry in self.losses]}
+
+
+def train(
+    student: Any, teacher: Any, rows: Tensor, settings: Heal, seed: int, state: Path, resume: bool, progress: Progress
+) -> tuple[dict[str, Tensor], HealResult]:
+    """Distil `teacher` into `student` with PEFT and the transformers Trainer; returns the changed tensors, LoRA merged.
+
+    Args:
+        student: a shared model in float32; its shared projections are trained in full.
+        teacher: the source model.
+        rows: token ids (rows, length); each is seen once.
+        settings: the recipe's `heal` section.
+        seed: LoRA weights and dropout.
+        state: folder of the Trainer's states.
+        resume: start from the newest state.
+
+    Raises:
+        TrainingError: the first step fails when it is tried, or training diverges.
+        UsageError: the model has none of the layers to train.
+    """
+    import transformers
+
+    transformers.set_seed(seed)
+    family = family_of(student.config.model_type)
+    adapted = _with_adapters(student, settings, family)
+    length = rows.shape[1]
+    batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
+    steps = math.ceil(len(rows) / batch)
+    rate = settings.learning_rate or BASE_RATE * math.sqrt(BASE_HIDDEN / int(student.config.hidden_size))
+    schedule = Schedule(micro, batch // micro, steps, rate, warmup=min(0.05, 20 / steps))
+
+    def optimizer() -> torch.optim.Optimizer:
+        return make_optimizer(adapted, family.k, rate, settings.shared_rate)
+
+    preflight(adapted, teacher, rows, settings, schedule, optimizer, state / "preflight", seed)
+    transformers.set_seed(seed)
+    watch = make_watch(state, settings.divergence_factor, progress)
+    arguments = training_arguments(state, schedule, settings.save_steps, seed)
+    trainer = make_trainer(adapted, teacher, arguments, optimizer(), rows, settings, watch.check_loss, [watch])
+    newest = newest_state(state) if resume else None
+    for folder in state.glob("checkpoint-*"):
+        if folder != newest:
+            shutil.rmtree(folder)  # broken off while it was written, or older
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    trained = {name.removeprefix("base_model.model.") for name, value in adapted.named_parameters() if value.requires_grad}
+    modules = {name.split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
+    merged: nn.Module = adapted.merge_and_unload()
+    changed = {
+        name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
+    }
+    return changed, HealResult(rows.numel(), steps, mean_losses(trainer.state.log_history))
+
+
+def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
+    """The student with LoRA on its targets and its shared projections to be trained in full."""
+    from peft import LoraConfig, get_peft_model
+
+    for module in student.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # noise that the teacher does not have; one pass over the text needs no other regulariser
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        lora_dropout=0.0,
+        target_modules=list(_targets(student, settings, family.k)),
+        modules_to_save=_shared_projections(student, family),
+        fan_in_fan_out=family.transposed,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(student, config)
+
+
+def _shared_projections(student: Any, family: Family) -> list[str] | None:
+    """The names of the projections that K and V share; in untouched layers the module of that name makes keys alone."""
+    shared = {family.weight(layer, "k").removesuffix(".weight") for layer in student.config.kvshare["layers"]}
+    return [name for name, _ in student.named_modules() if name in shared] or None
+
+
+def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str, ...]:
+    from transformers.pytorch_utils import Conv1D
+
+    present = {name.rpartition(".")[2] for name, module in student.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    targets = tuple(name for name in settings.lora_targets if name in present and name != shared_name)
+    if not targets:
+        raise UsageError(
+            "the recipe's lora_targets are not in the model",
+            f"its linear layers are: {', '.join(sorted(present))}",
+            "name some of these under heal.lora_targets",
+        )
+    return targets
+
+
+def batch_rows(settings: Heal, length: int, vocabulary: int, rows: int) -> tuple[int, int]:
+    """Rows per optimizer step and rows per forward: as many as keep the logits within a GiB, in equal parts."""
+    batch = max(1, min(rows, settings.batch_tokens // length))
+    fits = rows_per_forward(length, vocabulary)
+    return batch, next(micro for micro in range(min(batch, fits), 0, -1) if batch % micro == 0)
