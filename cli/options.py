@@ -27,6 +27,10 @@ Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of da
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
+MaxPerplexityIncrease = Annotated[
+    float | None,
+    typer.Option(help="Quality gate, such as 0.05: a result that is worse by more is not published (exit code 6)."),
+]
 DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
 Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]
 LIST = "with commas between them, or the option repeated"

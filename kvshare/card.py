@@ -148,7 +148,7 @@ def _results(block: dict[str, Any], report: dict[str, Any]) -> str:
         ),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    settings = block["recipe"]["evaluation"]
+    settings = _evaluation(block)
     length, usual = settings["sequence_length"], Evaluation().sequence_length
     note = f"\n\nThe table is of rows of {length} tokens; this command measures rows of {usual}." if length != usual else ""
     return f"{table}\n\nMeasured again by\n\n    {_command(block)}{note}"
@@ -164,10 +164,15 @@ def _spread(report: dict[str, Any], key: str, form: str) -> str:
 
 def _command(block: dict[str, Any]) -> str:
     """The command line that repeats the results; files are named without their folders."""
-    source, settings = block["source"], block["recipe"]["evaluation"]
+    source, settings = block["source"], _evaluation(block)
     against = f"{source['name']}@{source['commit']}" if source.get("commit") else source["name"]
     words = ["--against", against, "--data", _named(settings["data"]), "--tokens", str(settings["tokens"])]
-    return f'kvshare eval "<this folder>" {shlex.join(words)} --seed {block["seed"]}'
+    return f'kvshare eval "<this folder>" {shlex.join(words)} --seed {settings["seed"]}'
+
+
+def _evaluation(block: dict[str, Any]) -> dict[str, Any]:
+    """On what the figures were taken: as `heal` was told where it measured, else as the conversion was."""
+    return block.get("evaluation") or {**block["recipe"]["evaluation"], "seed": block["seed"]}
 
 
 def _named(data: str) -> str:

@@ -31,18 +31,19 @@ from kvshare.checkpoint import (
 )
 from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.errors import UsageError
-from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
+from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
 from kvshare.layerwise import LayerReport, MergedLayer, merge_layers, with_weights
 from kvshare.layout import names, pack, unpack
-from kvshare.loading import load, load_native
+from kvshare.loading import load_native
 from kvshare.memory import needs_whole
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import CALIBRATED, SELF, Recipe, data_used, load_recipe
+from kvshare.quality import check_quality, measure, named_text
+from kvshare.recipe import CALIBRATED, Recipe, data_used, load_recipe
 from kvshare.runtime import MODELING_FILE
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.source import CARRIED_FILES, open_source, read_json
@@ -51,6 +52,8 @@ from kvshare.streams import open_streams
 from kvshare.tensors import DTYPES, read_tensor
 from kvshare.training import HealResult
 from kvshare.verification import verify_form
+
+BETTER = "use more KV heads, init learned, more healing or a higher limit"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def convert(
     eval_data: str | None = None,
     eval_tokens: int | None = None,
     eval_mode: str | None = None,
+    max_perplexity_increase: float | None = None,
     seed: int | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -111,12 +115,14 @@ def convert(
         heal_data, heal_tokens: text to distil on; the calibration's data where only that is given.
         eval_data, eval_tokens: held-out text for the final measurement.
         eval_mode: `whole`, with both models in memory; `layers`, layer by layer; or `off`.
+        max_perplexity_increase: the quality gate, such as 0.05; a result that is worse is not published.
         seed: decides samples, order of data and initial LoRA weights.
         overwrite: replace an output that kvshare wrote.
         progress: called on the way.
 
     Raises:
         KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
+        QualityError: the result does not pass the quality gate.
     """
     settings = load_recipe(
         recipe,
@@ -132,6 +138,7 @@ def convert(
         evaluation__data=eval_data,
         evaluation__tokens=eval_tokens,
         evaluation__mode=eval_mode,
+        evaluation__max_perplexity_increase=max_perplexity_increase,
     )
     if heal and settings.init == "exact":
         raise UsageError(
@@ -169,9 +176,11 @@ def convert(
             carry_files(merged, staged)
         if settings.evaluation.mode == "whole":
             assert held_out is not None
-            report = _measure(staged, teacher, held_out, settings, progress)
+            report = measure(staged, teacher, held_out, settings.evaluation.data, progress)
         else:
             verify_form(staged)
+        if report is not None:
+            check_quality(report, settings.evaluation, "and the work was removed", BETTER)
         result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
         write_json(staged / "report.json", result.to_dict())
         write_files(staged, card_files(read_json(staged / "config.json"), card_matter(source, settings), result.to_dict()))
@@ -226,7 +235,7 @@ def _write_merged(
     report = None
     if streams is not None:
         cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
-        report = streams.report(_named(plan.recipe.evaluation.data), *cache)
+        report = streams.report(named_text(plan.recipe.evaluation.data), *cache)
     return folder, tuple(reports), report
 
 
@@ -285,16 +294,3 @@ def _shared_layers(plan: Plan) -> dict[str, list[int]]:
     assert plan.layer_heads is not None
     shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
     return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}
-
-
-def _measure(folder: Path, teacher: Any, rows: Tensor, recipe: Recipe, progress: Progress) -> Report:
-    model = load(folder, dtype=torch.float32).to(next(teacher.parameters()).device)
-    named = _named(recipe.evaluation.data)
-    return compare(model, teacher, rows, named, stored_bytes(folder), progress, forward_of(folder, model))
-
-
-def _named(data: str) -> str:
-    """What the report calls the text: a file's name without its folder."""
-    if data == SELF:
-        return "text written by the source"
-    return Path(data).name if Path(data).is_file() else data

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ from kvshare.checkpoint import (
 from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
+from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
 from kvshare.layout import tied
 from kvshare.loading import load, load_native
 from kvshare.merge import repeat_heads
 from kvshare.progress import Progress, silent
+from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.training import HealResult, train
@@ -55,6 +58,9 @@ def heal(
     *,
     tokens: int | None = None,
     recipe: str | Path | Recipe | None = None,
+    eval_data: str | None = None,
+    eval_tokens: int | None = None,
+    max_perplexity_increase: float | None = None,
     seed: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -68,7 +74,9 @@ def heal(
         source: the model that the checkpoint came from; the teacher.
         data: text to train on, any DATA form.
         tokens: how many; None as the recipe says.
-        recipe: whose `heal` section counts.
+        recipe: whose `heal` section counts, and `evaluation` where the result is measured.
+        eval_data, eval_tokens: held-out text; the result is measured where this or a quality gate is given.
+        max_perplexity_increase: the quality gate, such as 0.05; a result that is worse is not published.
         seed: order of data and initial LoRA weights.
         resume: go on from the last saved state of the same command.
         overwrite: replace an output that kvshare wrote.
@@ -77,11 +85,21 @@ def heal(
     Raises:
         UsageError: a checkpoint in exact form, an output that exists, data or tokenizer that cannot be used, a state of
             another job.
+        QualityError: the result does not pass the quality gate; the finished training is kept.
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
         TrainingError: a first step that fails when it is tried, or a loss that diverges; what was saved until then stays.
     """
     folder, target = Path(checkpoint), Path(output)
-    settings = load_recipe(recipe, heal__tokens=tokens, heal__data=data, seed=seed)
+    settings = load_recipe(
+        recipe,
+        heal__tokens=tokens,
+        heal__data=data,
+        evaluation__data=eval_data,
+        evaluation__tokens=eval_tokens,
+        evaluation__max_perplexity_increase=max_perplexity_increase,
+        seed=seed,
+    )
+    measures = eval_data is not None or settings.evaluation.max_perplexity_increase is not None
     if verify(folder).form == "exact":
         raise UsageError(
             f"{folder} has nothing to heal",
@@ -89,12 +107,15 @@ def heal(
             "use it as it is, or heal what `--init svd` made",
         )
     check_output(target, folder, overwrite)
-    check_data(data)
+    texts = [data, *([settings.evaluation.data] if measures else [])]
+    for text in texts:
+        check_data(text)
     teacher_source = open_source(source)
     check_output(target, teacher_source.path, overwrite)
     check_space(target, 2 * sum((folder / file).stat().st_size for file in weight_files(folder)))
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(tokenizer, data)
+    for text in texts:
+        check_tokenizer(tokenizer, text)
     vocabulary = read_json(folder / "config.json").get("vocab_size")
     if teacher_source.config.get("vocab_size") != vocabulary:
         raise UsageError(
@@ -115,16 +136,14 @@ def heal(
         state = work / "training" if resume else fresh_folder(work / "training")
         write_json(state / FINGERPRINT, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
+        held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress) if measures else None
         rows = heal_rows(settings, tokenizer, teacher, progress)
         staged = fresh_folder(work / "healed")
         result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
         carry_files(folder, staged)
-        report = read_json(folder / "report.json") if (folder / "report.json").is_file() else {}
-        # figures measured on other weights would be a lie here
-        report = {"heal": result.to_dict(), **{key: report[key] for key in ("layers",) if key in report}}
-        write_json(staged / "report.json", report)
-        matter = with_datasets(front_matter(folder / "README.md"), settings, heals=True)
-        write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
+        if held_out is not None:
+            result = replace(result, report=_measured(staged, teacher, held_out, settings, progress))
+        _describe(staged, folder, result, settings)
         publish(staged, target)
     return result
 
@@ -137,6 +156,36 @@ def _keeping_states(state: Path) -> Iterator[None]:
     except KVShareError as error:
         error.keeps_work = error.keeps_work or newest_state(state) is not None
         raise
+
+
+def _measured(staged: Path, teacher: Any, rows: Tensor, settings: Recipe, progress: Progress) -> Report:
+    """The measurement of what is about to be published; config.json says on which text, so that the card can.
+
+    Raises:
+        QualityError: the result does not pass the quality gate; the finished training can be resumed with another.
+    """
+    report = measure(staged, teacher, rows, settings.evaluation.data, progress)
+    check_quality(
+        report,
+        settings.evaluation,
+        f"and the work is kept in {staged.parent}",
+        "heal on more tokens or other text; the same command with --resume and a higher limit publishes this result",
+        keeps_work=True,
+    )
+    config = read_json(staged / "config.json")
+    config["kvshare"]["evaluation"] = settings.evaluation.model_dump(mode="json") | {"seed": settings.seed}
+    write_json(staged / "config.json", config)
+    return report
+
+
+def _describe(staged: Path, checkpoint: Path, result: HealResult, settings: Recipe) -> None:
+    """Write report and card; of the checkpoint's own figures those stay that are not of its weights."""
+    before = read_json(checkpoint / "report.json") if (checkpoint / "report.json").is_file() else {}
+    measured = {} if result.report is None else result.report.to_dict()
+    report = {**measured, "heal": result.to_dict(), **{key: before[key] for key in ("layers",) if key in before}}
+    write_json(staged / "report.json", report)
+    matter = with_datasets(front_matter(checkpoint / "README.md"), settings, heals=True)
+    write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
 
 
 def _check_state(state: Path, job: dict[str, Any]) -> None:
@@ -187,7 +236,7 @@ def heal_into(
     writer.finish()
     block = read_block(checkpoint)
     config["kvshare"] = {
-        **block,
+        **{key: value for key, value in block.items() if key != "evaluation"},
         "healed_tokens": block.get("healed_tokens", 0) + result.tokens,
         "heal": recipe.heal.model_dump(mode="json"),
     }

@@ -41,6 +41,7 @@ Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
@@ -115,6 +116,8 @@ class Evaluation(_Settings):
     mode: Literal["whole", "layers", "off"] = "whole"
     """`whole` loads both models and runs the converted one as it will be used; `layers` sends the text through both layer by layer
     while the merge does, for models that do not fit into memory; `off` measures nothing."""
+    max_perplexity_increase: NonNegative | None = None
+    """The quality gate, such as 0.05: a result whose perplexity is more than 5 % above the source's is not published."""
 
 
 class Recipe(_Settings):
@@ -239,11 +242,18 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
 
 
 def _check_evaluation(recipe: Recipe, origin: str) -> None:
-    """Refuse an evaluation layer by layer where the merge is not all that happens.
+    """Refuse an evaluation layer by layer where the merge is not all that happens, and a gate where nothing is measured.
 
     Raises:
-        UsageError: `evaluation.mode` is `layers` together with healing or with init exact.
+        UsageError: `evaluation.mode` is `layers` together with healing or with init exact, or `off` with a quality gate.
     """
+    limit = recipe.evaluation.max_perplexity_increase
+    if limit is not None and recipe.evaluation.mode == "off":
+        raise UsageError(
+            f"{origin} has max_perplexity_increase = {limit} with evaluation mode off",
+            "what is not measured cannot be held against a limit",
+            "take evaluation mode whole or layers, or leave the limit out",
+        )
     if recipe.evaluation.mode != "layers" or not (recipe.heal.enabled or recipe.init == "exact"):
         return
     healing = recipe.heal.enabled and recipe.init != "exact"

@@ -26,6 +26,7 @@ from kvshare.distillation import (
     training_arguments,
 )
 from kvshare.errors import UsageError
+from kvshare.evaluation import Report
 from kvshare.families import Family, family_of
 from kvshare.preflight import preflight
 from kvshare.progress import Progress
@@ -36,14 +37,18 @@ BASE_RATE, BASE_HIDDEN = 2e-3, 128
 
 @dataclass(frozen=True)
 class HealResult:
-    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step."""
+    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step.
+
+    `report` is the measurement of the result by the verb `heal`, where it was asked for.
+    """
 
     tokens: int
     steps: int
     losses: tuple[tuple[int, float], ...]
+    report: Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data, for report.json."""
+        """What training did as JSON data, for report.json."""
         return {"tokens": self.tokens, "steps": self.steps, "losses": [list(entry) for entry in self.losses]}
 
 

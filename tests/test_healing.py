@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 import kvshare
 from kvshare.checkpoint import work_folder
 from kvshare.distillation import diverged, newest_state
-from kvshare.errors import TrainingError, UsageError
+from kvshare.errors import QualityError, TrainingError, UsageError
 from kvshare.families import PARTS, family_of
 from kvshare.losses import distillation_loss
 from kvshare.preflight import preflight
-from kvshare.recipe import Heal
+from kvshare.recipe import Heal, Recipe
 from kvshare.training import batch_rows
 
 
@@ -126,6 +126,53 @@ def test_resume_continues_to_the_same_weights(
     first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not work_folder(output).exists()
+
+
+def test_a_result_that_is_not_good_enough_is_not_published(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source, output = converted_folder("llama-gqa", 1), source_folder("llama-gqa"), tmp_path / "out"
+    settings: dict[str, Any] = {"recipe": small(tmp_path), "eval_data": text_file, "eval_tokens": 1_024}
+    with pytest.raises(QualityError) as caught:
+        kvshare.heal(folder, output, source, text_file, **settings, max_perplexity_increase=0.0)
+    assert caught.value.exit_code == 6
+    assert all(named in str(caught.value) for named in ("+0.00%", "1,022 tokens of text.txt", str(work_folder(output)), "--resume"))
+    assert not output.exists()
+    trained: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            trained.append(done)
+
+    result = kvshare.heal(folder, output, source, text_file, **settings, max_perplexity_increase=10.0, resume=True, progress=note)
+    assert not trained
+    assert len(result.losses) == result.steps == 8
+    measured = kvshare.evaluate(output, source, text_file, tokens=1_024)
+    assert result.report is not None
+    assert result.report.perplexity_increase == pytest.approx(measured.perplexity_increase, rel=1e-5)
+    assert f"{result.report.perplexity_increase:+.2%}" in str(caught.value)
+    report = json.loads((output / "report.json").read_text())
+    assert report["perplexity"] == result.report.perplexity
+    card = (output / "README.md").read_text()
+    assert f"| perplexity | {result.report.source_perplexity:.3f}" in card
+    assert "--data text.txt --tokens 1024 --seed 0" in card
+    assert not work_folder(output).exists()
+
+
+def test_a_limit_that_is_kept_lets_pass(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    # a limit in the recipe is enough to have the result measured, and figures of an earlier checkpoint do not stay
+    limit = {"evaluation": {"tokens": 512, "data": text_file, "max_perplexity_increase": 10.0}}
+    recipe = Recipe.model_validate(yaml.safe_load(small(tmp_path).read_text()) | limit)
+    source = source_folder("llama-gqa")
+    result = kvshare.heal(converted_folder("llama-gqa"), tmp_path / "a", source, text_file, recipe=recipe)
+    assert result.report is not None
+    assert result.report.tokens == 511
+    again = kvshare.heal(tmp_path / "a", tmp_path / "b", source, text_file, recipe=small(tmp_path))
+    assert again.report is None
+    assert "perplexity" not in json.loads((tmp_path / "b" / "report.json").read_text())
+    assert "evaluation" not in json.loads((tmp_path / "b" / "config.json").read_text())["kvshare"]
 
 
 def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
