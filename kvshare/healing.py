@@ -37,6 +37,7 @@ from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
+from kvshare.jobs import JOB, check_rows, check_state, identity
 from kvshare.layout import tied
 from kvshare.loading import load, load_native
 from kvshare.merge import repeat_heads
@@ -46,8 +47,6 @@ from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.training import HealResult, train
 from kvshare.verification import read_block, verify
-
-FINGERPRINT = "job.json"
 
 
 def heal(
@@ -125,19 +124,20 @@ def heal(
         )
     job = {
         "checkpoint": sha256(folder / MANIFEST),
-        "source": teacher_source.fingerprint["file_bytes"],
+        "source": identity(teacher_source),
         "kvshare": __version__,
         "seed": settings.seed,
-        **settings.heal.model_dump(mode="json"),
+        "heal": settings.heal.model_dump(mode="json"),
     }
     if resume:
-        _check_state(work_folder(target) / "training", job)
+        check_state(work_folder(target) / "training", job)
     with workspace(target, keep_on_error=True) as work, _keeping_states(work / "training"):
         state = work / "training" if resume else fresh_folder(work / "training")
-        write_json(state / FINGERPRINT, job)
+        write_json(state / JOB, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
         held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress) if measures else None
         rows = heal_rows(settings, tokenizer, teacher, progress)
+        check_rows(state, rows)
         staged = fresh_folder(work / "healed")
         result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
         carry_files(folder, staged)
@@ -186,24 +186,6 @@ def _describe(staged: Path, checkpoint: Path, result: HealResult, settings: Reci
     write_json(staged / "report.json", report)
     matter = with_datasets(front_matter(checkpoint / "README.md"), settings, heals=True)
     write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
-
-
-def _check_state(state: Path, job: dict[str, Any]) -> None:
-    """Refuse to resume what is not there or was another job; nothing is touched.
-
-    Raises:
-        UsageError: there is nothing to resume, or it belongs to a job with other settings; the first field is named.
-    """
-    if not (state / FINGERPRINT).is_file():
-        raise UsageError("there is nothing to resume", f"{state} holds no training state", "run the command without --resume")
-    earlier = read_json(state / FINGERPRINT)
-    for field, value in job.items():
-        if earlier.get(field) != value:
-            raise UsageError(
-                f"the saved training state is of another job: {field} differs",
-                f"it was {earlier.get(field)!r} and is now {value!r}",
-                "repeat the earlier settings, or run without --resume to start again",
-            )
 
 
 def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:

@@ -30,7 +30,7 @@ LAYERS = [
     ["inspection", "quantised", "positions", "retrieval", "tasks", "bench_plot"],
     ["probes"],
     ["evaluation"],
-    ["benching", "streams", "quality"],
+    ["benching", "streams", "quality", "jobs"],
     ["card_plot"],
     ["card", "publishing"],
     ["losses"],

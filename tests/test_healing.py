@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,49 @@ def test_a_limit_that_is_kept_lets_pass(
     assert again.report is None
     assert "perplexity" not in json.loads((tmp_path / "b" / "report.json").read_text())
     assert "evaluation" not in json.loads((tmp_path / "b" / "config.json").read_text())["kvshare"]
+
+
+def test_another_job_is_never_resumed(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    text, source, output = tmp_path / "text.txt", tmp_path / "source", tmp_path / "out"
+    shutil.copyfile(text_file, text)
+    shutil.copytree(source_folder("llama-gqa"), source)
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "healing" and done == 3:
+            raise KeyboardInterrupt
+
+    def resumed(named: tuple[str, ...], data: object = text, **settings: Any) -> None:
+        with pytest.raises(UsageError) as caught:
+            kvshare.heal(folder, output, source, str(data), **{"recipe": recipe, "resume": True} | settings)
+        for name in named:
+            assert name in str(caught.value)
+        assert newest_state(work_folder(output) / "training") is not None
+
+    with pytest.raises(KeyboardInterrupt):
+        kvshare.heal(folder, output, source, str(text), recipe=recipe, progress=stop)
+    resumed(("heal.learning_rate differs", "was None and is now 0.25"), recipe=_with(recipe, learning_rate=0.25))
+    resumed(("heal.tokens differs", "was 2048 and is now 4096"), tokens=4_096)
+    resumed(("heal.data differs", text_file), data=text_file)
+    resumed(("seed differs", "was 0 and is now 5"), seed=5)
+    text.write_text("Another text. " * 2_000)
+    resumed(("another text", "heal.data", "sha256 was"))
+    shutil.copyfile(text_file, text)
+    weights = source / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    resumed(("source.files.model.safetensors differs",))
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert kvshare.heal(folder, output, source, str(text), recipe=recipe, resume=True).steps == 8
+
+
+def _with(recipe: Path, **heal: object) -> Recipe:
+    values = yaml.safe_load(recipe.read_text())
+    return Recipe.model_validate(values | {"heal": values["heal"] | heal})
 
 
 def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
