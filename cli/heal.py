@@ -49,7 +49,8 @@ def run(
         measured = {} if result.report is None else {"report": result.report.to_dict()}
         print_json(result.to_dict() | measured | {"output": str(output)})
         return
-    print(f"{result.tokens:,} tokens in {result.steps} steps, KL {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}")
+    print(f"{result.tokens:,} tokens in {result.steps} steps, loss {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}")
+    print("the last steps: " + ", ".join(f"{name} {value:.4f}" for name, value in result.terms.items()))
     if result.report is None:
         print(f"written to {output}; measure it with: kvshare eval {output} --against {source} --data DATA")
         return

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.errors import TrainingError
-from kvshare.losses import distillation_loss
+from kvshare.losses import loss_terms, weighted
 from kvshare.progress import Progress
 from kvshare.recipe import Heal
 
 COMPLETE = "complete"  # the file that says of a state that all of it was written
 WINDOW = 10  # steps whose mean loss is held against that of the first one
 NOTICEABLE = 0.01  # nats; below it a multiple of next to nothing proves nothing
+Layers = Sequence[tuple[nn.Module, nn.Module]]
 LOWER = "lower heal.learning_rate in the recipe and start again without --resume"
 
 
@@ -87,29 +88,41 @@ def make_trainer(
     optimizer: torch.optim.Optimizer,
     rows: Tensor,
     settings: Heal,
+    layers: Layers,
     on_loss: Callable[[Tensor], None],
     callbacks: Sequence[Any],
 ) -> Any:
     """A transformers Trainer of `adapted` on `rows`, token ids (rows, length), in their order.
 
+    Its log holds the mean of each term of the loss under the term's name.
+
     Args:
+        layers: the attention modules of student and teacher that correspond.
         on_loss: called with the loss of every forward before its backward.
         callbacks: of transformers' kind.
     """
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
+    seen: dict[str, list[Tensor]] = {}  # terms of the forwards since the last entry of the log
+
     class Distiller(Trainer):
         loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            ids = inputs["input_ids"]
-            with torch.no_grad():
-                wanted = teacher(input_ids=ids, use_cache=False).logits
-            output = model(input_ids=ids, use_cache=False)
-            loss = distillation_loss(output.logits, wanted, settings.temperature)
+            terms = loss_terms(model, teacher, inputs["input_ids"], settings, layers)
+            loss = weighted(terms, settings)
             on_loss(loss)
-            return (loss, output) if return_outputs else loss
+            for name, value in terms.items():
+                seen.setdefault(name, []).append(value.detach())
+            return loss
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if "loss" in logs and seen:
+                means = torch.stack([torch.stack(values).mean() for values in seen.values()])[None]
+                logs |= dict(zip(seen, self.accelerator.gather(means).mean(0).tolist(), strict=True))
+                seen.clear()
+            super().log(logs, start_time)
 
     class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         def __len__(self) -> int:
@@ -202,8 +215,14 @@ def newest_state(folder: Path) -> Path | None:
     return max(complete, key=step_of, default=None)
 
 
-def mean_losses(log: Sequence[dict[str, Any]]) -> tuple[tuple[int, float], ...]:
+def logged_losses(log: Sequence[dict[str, Any]]) -> tuple[tuple[int, float], ...]:
     """The loss of every step from a Trainer's log."""
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry)
     assert all(math.isfinite(loss) for _, loss in losses)
     return losses
+
+
+def last_terms(log: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, float]:
+    """The mean of each term of the loss over the last steps of a Trainer's log."""
+    last = [entry for entry in log if "loss" in entry][-WINDOW:]
+    return {name: fmean(entry[name] for entry in last) for name in names}

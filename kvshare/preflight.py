@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.distillation import LOWER, Schedule, finite_gradients, make_trainer, training_arguments
+from kvshare.distillation import LOWER, Layers, Schedule, finite_gradients, make_trainer, training_arguments
 from kvshare.errors import KVShareError, TrainingError
 from kvshare.recipe import Heal
 
@@ -37,6 +37,7 @@ def preflight(
     teacher: Any,
     rows: Tensor,
     settings: Heal,
+    layers: Layers,
     schedule: Schedule,
     optimizer: Callable[[], torch.optim.Optimizer],
     folder: Path,
@@ -45,7 +46,7 @@ def preflight(
     """Forward, backward, optimizer step, save and reload on the first rows, as training does them; then as if it had not been.
 
     Args:
-        adapted, teacher, rows, settings: as for `make_trainer`.
+        adapted, teacher, rows, settings, layers: as for `make_trainer`.
         schedule: of the training that is to follow.
         optimizer: makes the optimizer.
         folder: where a state may be written; it is removed.
@@ -90,6 +91,7 @@ def preflight(
             optimizer(),
             rows[: schedule.micro * _processes()],
             settings,
+            layers,
             forwarded,
             [Stages()],
         )

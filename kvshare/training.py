@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from kvshare.data import rows_per_forward
 from kvshare.distillation import (
     Schedule,
+    last_terms,
+    logged_losses,
     make_optimizer,
     make_trainer,
     make_watch,
-    mean_losses,
     newest_state,
     training_arguments,
 )
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report
 from kvshare.families import Family, family_of
+from kvshare.losses import term_weights
 from kvshare.preflight import preflight
 from kvshare.progress import Progress
 from kvshare.recipe import Heal
@@ -37,19 +39,22 @@ BASE_RATE, BASE_HIDDEN = 2e-3, 128
 
 @dataclass(frozen=True)
 class HealResult:
-    """What healing did: tokens seen, optimizer steps, and the KL (nats per token) over the training text, by step.
+    """What healing did: tokens seen, optimizer steps, and the loss over the training text, by step.
 
-    `report` is the measurement of the result by the verb `heal`, where it was asked for.
+    The loss is the KL in nats per token, plus the weighted other terms where a recipe asks for them; `terms` holds the mean of each
+    over the last ten steps, before its weight. `report` is the measurement of the result by `heal`, where it was asked for.
     """
 
     tokens: int
     steps: int
     losses: tuple[tuple[int, float], ...]
+    terms: dict[str, float]
     report: Report | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What training did as JSON data, for report.json."""
-        return {"tokens": self.tokens, "steps": self.steps, "losses": [list(entry) for entry in self.losses]}
+        losses = [list(entry) for entry in self.losses]
+        return {"tokens": self.tokens, "steps": self.steps, "losses": losses, "terms": self.terms}
 
 
 def train(
@@ -84,11 +89,12 @@ def train(
     def optimizer() -> torch.optim.Optimizer:
         return make_optimizer(adapted, family.k, rate, settings.shared_rate)
 
-    preflight(adapted, teacher, rows, settings, schedule, optimizer, state / "preflight", seed)
+    layers = _attention_pairs(adapted.get_base_model(), teacher, family)
+    preflight(adapted, teacher, rows, settings, layers, schedule, optimizer, state / "preflight", seed)
     transformers.set_seed(seed)
     watch = make_watch(state, settings.divergence_factor, progress)
     arguments = training_arguments(state, schedule, settings.save_steps, seed)
-    trainer = make_trainer(adapted, teacher, arguments, optimizer(), rows, settings, watch.check_loss, [watch])
+    trainer = make_trainer(adapted, teacher, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
     for folder in state.glob("checkpoint-*"):
         if folder != newest:
@@ -100,7 +106,8 @@ def train(
     changed = {
         name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
     }
-    return changed, HealResult(rows.numel(), steps, mean_losses(trainer.state.log_history))
+    log = trainer.state.log_history
+    return changed, HealResult(rows.numel(), steps, logged_losses(log), last_terms(log, list(term_weights(settings))))
 
 
 def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
@@ -120,6 +127,12 @@ def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(student, config)
+
+
+def _attention_pairs(student: Any, teacher: Any, family: Family) -> list[tuple[nn.Module, nn.Module]]:
+    """The attention modules of the shared layers, the student's and the teacher's."""
+    names = [family.attention.format(layer=layer) for layer in student.config.kvshare["layers"]]
+    return [(student.get_submodule(name), teacher.get_submodule(name)) for name in names]
 
 
 def _shared_projections(student: Any, family: Family) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,26 @@ def _with(recipe: Path, **heal: object) -> Recipe:
     return Recipe.model_validate(values | {"heal": values["heal"] | heal})
 
 
+def test_every_term_is_reported_and_lowers_itself(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source = converted_folder("qwen2", 1), source_folder("qwen2")
+    recipe = small(tmp_path, tokens=8_192)
+    matched, plain = (
+        kvshare.heal(folder, tmp_path / name, source, text_file, recipe=_with(recipe, **terms))
+        for name, terms in (("a", {"attention_matching": 30.0, "cross_entropy": 0.5}), ("b", {"attention_matching": 1e-9}))
+    )
+    assert list(matched.terms) == ["kl", "cross_entropy", "attention"]
+    assert list(plain.terms) == ["kl", "attention"]
+    assert matched.terms["attention"] < plain.terms["attention"]
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["heal"]["terms"] == matched.terms
+    last = statistics.fmean(loss for _, loss in matched.losses[-10:])
+    terms = matched.terms
+    assert last == pytest.approx(terms["kl"] + 0.5 * terms["cross_entropy"] + 30 * terms["attention"], rel=1e-5)
+    last = statistics.fmean(loss for _, loss in plain.losses[-10:])
+    assert last == pytest.approx(plain.terms["kl"], rel=1e-5)
+
+
 def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
     with pytest.raises(UsageError, match="nothing to resume"):
         kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, resume=True)
@@ -289,7 +310,7 @@ def test_the_trial_leaves_no_trace(
 
     def trial(*arguments: Any) -> None:
         preflight(*arguments)
-        tried.append(arguments[6])
+        tried.append(arguments[7])
 
     monkeypatch.setattr("kvshare.training.preflight", trial)
     with_trial = kvshare.heal(sources[0], tmp_path / "a", *sources[1:], recipe=small(tmp_path))
@@ -335,7 +356,7 @@ def test_a_loss_that_is_no_number_stops_the_training(
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("kvshare.distillation.distillation_loss", loss)
+        patch.setattr("kvshare.losses.distillation_loss", loss)
         refused(
             lambda: kvshare.heal(folder, output, *sources, recipe=recipe, progress=note),
             "step 6",
@@ -425,16 +446,6 @@ def test_modules_that_are_not_there_are_named(converted_folder: Callable[..., Pa
             text_file,
             recipe=short_recipe(tmp_path, lora_targets=["c_attn"]),
         )
-
-
-def test_the_loss_is_the_divergence() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=student)
-    ).mean()
-    torch.testing.assert_close(distillation_loss(student, teacher, 1.0), expected)
-    assert distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
 
 
 def test_batches_divide_evenly_and_fit() -> None:
