@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
-from kvshare.cli.render import print_choice, print_json, shown_progress
+from kvshare.cli.render import print_choice, print_json, shown_progress, warn_of_contamination
 
 
 def run(
@@ -58,6 +58,7 @@ def run(
             overwrite=overwrite,
             progress=progress,
         )
+    warn_of_contamination(result.contamination)
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
-from kvshare.cli.render import print_json, shown_progress
+from kvshare.cli.render import print_json, shown_progress, warn_of_contamination
 
 
 def run(
@@ -45,8 +45,11 @@ def run(
             overwrite=overwrite,
             progress=progress,
         )
+    warn_of_contamination(result.contamination)
     if as_json:
         measured = {} if result.report is None else {"report": result.report.to_dict()}
+        if result.contamination is not None:
+            measured["contamination"] = result.contamination.to_dict()
         print_json(result.to_dict() | measured | {"output": str(output)})
         return
     print(f"{result.tokens:,} tokens in {result.steps} steps, loss {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}")

@@ -31,7 +31,7 @@ MaxPerplexityIncrease = Annotated[
     float | None,
     typer.Option(help="Quality gate, such as 0.05: a result that is worse by more is not published (exit code 6)."),
 ]
-DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
+DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
 Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]
 LIST = "with commas between them, or the option repeated"
 

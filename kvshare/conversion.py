@@ -29,6 +29,7 @@ from kvshare.checkpoint import (
     write_files,
     write_json,
 )
+from kvshare.contamination import Contamination, contamination
 from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report, evaluation_rows
@@ -59,7 +60,7 @@ BETTER = "use more KV heads, init learned, more healing or a higher limit"
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion did: its plan, what a cache budget's choice rests on, one report per merged layer (none for `mean`),
-    the healing if any, the measurement.
+    the healing if any, the measurement, and what its text shares with that of calibration and healing.
     """
 
     output: Path
@@ -68,6 +69,7 @@ class Conversion:
     layers: tuple[LayerReport, ...] | tuple[ExactLayer, ...]
     heal: HealResult | None
     report: Report | None
+    contamination: Contamination | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data: the evaluation's figures, if any, at the top level, the rest below. This is report.json."""
@@ -76,6 +78,7 @@ class Conversion:
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "heal": None if self.heal is None else self.heal.to_dict(),
+            "contamination": None if self.contamination is None else self.contamination.to_dict(),
         }
 
 
@@ -168,10 +171,11 @@ def convert(
         if not needs_whole(settings, writes=False):
             teacher = None  # it has written its text: what follows takes a layer at a time
         merged, layers, report = _write_merged(work, plan, rows, held_out, device, progress)
-        staged, healed = merged, None
+        staged, healed, trained = merged, None, [] if rows is None else [rows]
         if settings.heal.enabled:
             staged = fresh_folder(work / "healed")
             rows = heal_rows(settings, tokenizer, teacher, progress)
+            trained.append(rows)
             healed = heal_into(staged, merged, teacher, rows, settings, fresh_folder(work / "training"), False, progress)
             carry_files(merged, staged)
         if settings.evaluation.mode == "whole":
@@ -181,7 +185,8 @@ def convert(
             verify_form(staged)
         if report is not None:
             check_quality(report, settings.evaluation, "and the work was removed", BETTER)
-        result = Conversion(target, plan, sensitivity, checked or layers, healed, report)
+        shared = None if held_out is None else contamination(held_out, trained)
+        result = Conversion(target, plan, sensitivity, checked or layers, healed, report, shared)
         write_json(staged / "report.json", result.to_dict())
         write_files(staged, card_files(read_json(staged / "config.json"), card_matter(source, settings), result.to_dict()))
         publish(staged, target)

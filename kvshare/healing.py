@@ -6,6 +6,7 @@ Never: trains embeddings, trains K and V apart, leaves an adapter that must be l
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ from kvshare.checkpoint import (
     write_files,
     write_json,
 )
-from kvshare.data import check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.contamination import contamination
+from kvshare.data import SelfCache, check_data, check_tokenizer, load_rows, load_tokenizer
 from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
@@ -135,14 +137,16 @@ def heal(
         state = work / "training" if resume else fresh_folder(work / "training")
         write_json(state / JOB, job)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
+        cache = SelfCache(work, json.dumps(job["source"]))
         held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress) if measures else None
-        rows = heal_rows(settings, tokenizer, teacher, progress)
+        rows = heal_rows(settings, tokenizer, teacher, progress, cache)
         check_rows(state, rows)
         staged = fresh_folder(work / "healed")
         result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
         carry_files(folder, staged)
         if held_out is not None:
-            result = replace(result, report=_measured(staged, teacher, held_out, settings, progress))
+            report = _measured(staged, teacher, held_out, settings, progress)
+            result = replace(result, report=report, contamination=contamination(held_out, [rows]))
         _describe(staged, folder, result, settings)
         publish(staged, target)
     return result
@@ -181,18 +185,20 @@ def _measured(staged: Path, teacher: Any, rows: Tensor, settings: Recipe, progre
 def _describe(staged: Path, checkpoint: Path, result: HealResult, settings: Recipe) -> None:
     """Write report and card; of the checkpoint's own figures those stay that are not of its weights."""
     before = read_json(checkpoint / "report.json") if (checkpoint / "report.json").is_file() else {}
-    measured = {} if result.report is None else result.report.to_dict()
+    measured: dict[str, Any] = {} if result.report is None else result.report.to_dict()
+    if result.contamination is not None:
+        measured["contamination"] = result.contamination.to_dict()
     report = {**measured, "heal": result.to_dict(), **{key: before[key] for key in ("layers",) if key in before}}
     write_json(staged / "report.json", report)
     matter = with_datasets(front_matter(checkpoint / "README.md"), settings, heals=True)
     write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
 
 
-def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) -> Tensor:
-    """The rows that healing trains on, in the order of training."""
+def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress, cache: SelfCache | None = None) -> Tensor:
+    """The rows that healing trains on, token ids (rows, length) in the order of training."""
     settings = recipe.heal
     length, seed = settings.sequence_length, recipe.seed + 1
-    return load_rows(settings.data, tokenizer, teacher, settings.tokens, length, seed, repeat=True, progress=progress)
+    return load_rows(settings.data, tokenizer, teacher, settings.tokens, length, seed, repeat=True, progress=progress, cache=cache)
 
 
 def heal_into(

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvshare.errors import QualityError
 from kvshare.evaluation import Report, compare, forward_of, stored_bytes
 from kvshare.loading import load
+from kvshare.mixture import named
 from kvshare.progress import Progress
 from kvshare.recipe import SELF, Evaluation
 
@@ -23,7 +24,7 @@ def named_text(data: str) -> str:
     """What a report calls its text: a file's name without its folder."""
     if data == SELF:
         return "text written by the source"
-    return Path(data).name if Path(data).is_file() else data
+    return named(data)
 
 
 def measure(folder: Path, teacher: Any, rows: Tensor, data: str, progress: Progress) -> Report:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvshare.errors import UsageError, closest
 
@@ -44,6 +44,20 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _data(value: Any) -> Any:
+    """A mixture that YAML holds as a mapping of texts to weights, in the one form that the rest of kvshare knows."""
+    if not isinstance(value, dict) or not value:
+        return value
+    for name, weight in value.items():
+        if not isinstance(name, str) or "," in name or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError("a mixture maps texts, whose names hold no comma, to weights")
+    return ",".join(f"{name}={weight!r}" for name, weight in value.items())
+
+
+Data = Annotated[str, BeforeValidator(_data)]
+"""A DATA argument: one text, or a mixture `a.jsonl=3,b.txt=1`, which a recipe may also write as `{a.jsonl: 3, b.txt: 1}`."""
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
@@ -51,7 +65,7 @@ class _Settings(BaseModel):
 class Calibration(_Settings):
     """The text on which the second moments of activations are taken."""
 
-    data: str = SELF
+    data: Data = SELF
     tokens: Positive = 65_536
     sequence_length: Positive = 512
 
@@ -88,7 +102,7 @@ class Heal(_Settings):
     """The distillation that follows the merge (method.md, section 4)."""
 
     enabled: bool = True
-    data: str = SELF
+    data: Data = SELF
     tokens: Positive = 655_360
     sequence_length: Positive = 512
     batch_tokens: Positive = 2_048
@@ -114,7 +128,7 @@ class Heal(_Settings):
 class Evaluation(_Settings):
     """The held-out text of the final measurement."""
 
-    data: str = SELF
+    data: Data = SELF
     tokens: Positive = 65_536
     sequence_length: Positive = 512
     mode: Literal["whole", "layers", "off"] = "whole"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshare.contamination import Contamination
 from kvshare.data import rows_per_forward
 from kvshare.distillation import (
     Schedule,
@@ -42,7 +43,8 @@ class HealResult:
     """What healing did: tokens seen, optimizer steps, and the loss over the training text, by step.
 
     The loss is the KL in nats per token, plus the weighted other terms where a recipe asks for them; `terms` holds the mean of each
-    over the last ten steps, before its weight. `report` is the measurement of the result by `heal`, where it was asked for.
+    over the last ten steps, before its weight. `report` is the measurement of the result by `heal`, where it was asked for, and
+    `contamination` what its text shares with that of healing.
     """
 
     tokens: int
@@ -50,6 +52,7 @@ class HealResult:
     losses: tuple[tuple[int, float], ...]
     terms: dict[str, float]
     report: Report | None = None
+    contamination: Contamination | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What training did as JSON data, for report.json."""

@@ -16,7 +16,8 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["recipe", "families", "source", "budget", "repeats"],
-    ["hub", "tensors", "memory", "progress"],
+    ["mixture"],
+    ["hub", "tensors", "memory", "progress", "contamination"],
     ["planning", "merge", "data"],
     ["moments", "layout"],
     ["calibrate"],

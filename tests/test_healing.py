@@ -130,6 +130,31 @@ def test_resume_continues_to_the_same_weights(
     assert not work_folder(output).exists()
 
 
+def test_text_of_self_is_not_written_again(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, source, data = converted_folder("llama-gqa"), source_folder("llama-gqa"), f"self=1,{text_file}=1"
+    recipe, output = small(tmp_path), tmp_path / "out"
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, data, recipe=recipe)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "healing" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvshare.heal(folder, output, source, data, recipe=recipe, progress=stop)
+    monkeypatch.setattr("kvshare.data.self_rows", fails)
+    assert kvshare.heal(folder, output, source, data, recipe=recipe, resume=True) == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not list(output.glob("*self*"))
+    assert "text.txt=1" in (output / "README.md").read_text()
+    assert str(Path(text_file).parent) not in (output / "README.md").read_text()
+
+
 def test_a_result_that_is_not_good_enough_is_not_published(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
 ) -> None:
