@@ -9,12 +9,14 @@ from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
 from kvshare.cli.render import print_json, shown_progress, warn_of_contamination
 
+from kvshare import processes
+
 
 def run(
     checkpoint: options.Checkpoint,
     output: options.Output,
     source: Annotated[str, typer.Option(help="The model it came from, the teacher: a Hub id, a folder, or kvshare/tiny.")],
-    data: Annotated[str, typer.Option(help=f"Text to train on. {options.DATA}.")],
+    data: Annotated[str | None, typer.Option(help=f"Text to train on. {options.DATA}.")] = None,
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     recipe: options.Recipe = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out text; the result is measured on it.")] = None,
@@ -29,7 +31,8 @@ def run(
     """Distil a converted checkpoint on more text; LoRA is merged into the result."""
     from kvshare import heal
 
-    with shown_progress(quiet) as progress:
+    first = processes.is_first()
+    with shown_progress(quiet or not first) as progress:
         result = heal(
             checkpoint,
             output,
@@ -45,6 +48,8 @@ def run(
             overwrite=overwrite,
             progress=progress,
         )
+    if not first:
+        return
     warn_of_contamination(result.contamination)
     if as_json:
         measured = {} if result.report is None else {"report": result.report.to_dict()}

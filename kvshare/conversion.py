@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__
+from kvshare import __version__, processes
 from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     FORMAT_VERSION,
@@ -127,6 +127,7 @@ def convert(
         KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
         QualityError: the result does not pass the quality gate.
     """
+    processes.require_one("convert")
     settings = load_recipe(
         recipe,
         init=init,

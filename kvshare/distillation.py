@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshare import processes
 from kvshare.errors import TrainingError
 from kvshare.losses import loss_terms, weighted
 from kvshare.progress import Progress
@@ -64,6 +65,7 @@ def training_arguments(folder: Path, schedule: Schedule, save_steps: int, seed: 
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,
+        ddp_find_unused_parameters=False,
         bf16=on_gpu,
         remove_unused_columns=False,
         label_names=[],
@@ -169,7 +171,8 @@ def make_watch(state: Path, divergence_factor: float, progress: Progress) -> Any
             progress("healing", state.global_step, state.max_steps)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
+            processes.meet()  # each has written its own state of random numbers
+            if processes.is_first():
                 (folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
     folder = state

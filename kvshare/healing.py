@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__
+from kvshare import __version__, processes
 from kvshare.card import card_files, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
@@ -46,7 +46,7 @@ from kvshare.merge import repeat_heads
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
-from kvshare.source import INDEX, open_source, read_json, read_tensor_specs, weight_files
+from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.training import HealResult, train
 from kvshare.verification import read_block, verify
 
@@ -55,7 +55,7 @@ def heal(
     checkpoint: str | Path,
     output: str | Path,
     source: str | Path,
-    data: str,
+    data: str | None = None,
     *,
     tokens: int | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -69,11 +69,13 @@ def heal(
 ) -> HealResult:
     """Distil a checkpoint further and write the result as a new checkpoint.
 
+    Where `accelerate launch` has started several processes with the same arguments, they share the rows of every step.
+
     Args:
         checkpoint: a folder that kvshare wrote.
         output: a new folder.
         source: the model that the checkpoint came from; the teacher.
-        data: text to train on, any DATA form.
+        data: text to train on, any DATA form; None as the recipe says.
         tokens: how many; None as the recipe says.
         recipe: whose `heal` section counts, and `evaluation` where the result is measured.
         eval_data, eval_tokens: held-out text; the result is measured where this or a quality gate is given.
@@ -90,6 +92,7 @@ def heal(
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
         TrainingError: a first step that fails when it is tried, or a loss that diverges; what was saved until then stays.
     """
+    processes.require_copies()
     folder, target = Path(checkpoint), Path(output)
     settings = load_recipe(
         recipe,
@@ -101,6 +104,42 @@ def heal(
         seed=seed,
     )
     measures = eval_data is not None or settings.evaluation.max_perplexity_increase is not None
+    texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
+    teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite)
+    job = {
+        "checkpoint": sha256(folder / MANIFEST),
+        "source": identity(teacher_source),
+        "kvshare": __version__,
+        "seed": settings.seed,
+        "heal": settings.heal.model_dump(mode="json"),
+    }
+    if resume:
+        check_state(work_folder(target) / "training", job)
+    first, work = processes.is_first(), work_folder(target)
+    progress = progress if first else silent
+    processes.meet()  # all have looked at the output before one of them writes
+    with workspace(target, keep_on_error=True) if first else nullcontext(), _keeping_states(work / "training") as state:
+        if first:
+            write_json((state if resume else fresh_folder(state)) / JOB, job)
+        teacher = load_native(teacher_source.path, dtype=torch.float32)
+        cache = SelfCache(work, json.dumps(job["source"]))
+        rows, held_out = _texts(settings, tokenizer, teacher, state, cache, measures, progress)
+        student = load(folder, dtype=torch.float32)
+        changed, result = train(student, teacher, rows, settings.heal, settings.seed, state, resume, progress)
+        if first:
+            staged = fresh_folder(work / "healed")
+            write_healed(staged, folder, student, changed, result, settings)
+            carry_files(folder, staged)
+            if held_out is not None:
+                report = _measured(staged, teacher, held_out, settings, progress)
+                result = replace(result, report=report, contamination=contamination(held_out, [rows]))
+            _describe(staged, folder, result, settings)
+            publish(staged, target)
+    return result
+
+
+def _checked(folder: Path, target: Path, source: str | Path, texts: list[str], overwrite: bool) -> tuple[Source, Any]:
+    """The source and the checkpoint's tokenizer, when everything that can be seen before is right."""
     if verify(folder).form == "exact":
         raise UsageError(
             f"{folder} has nothing to heal",
@@ -108,7 +147,6 @@ def heal(
             "use it as it is, or heal what `--init svd` made",
         )
     check_output(target, folder, overwrite)
-    texts = [data, *([settings.evaluation.data] if measures else [])]
     for text in texts:
         check_data(text)
     teacher_source = open_source(source)
@@ -124,39 +162,28 @@ def heal(
             f"its vocabulary has {teacher_source.config.get('vocab_size')} tokens, the checkpoint's {vocabulary}",
             "give the model that the checkpoint was converted from",
         )
-    job = {
-        "checkpoint": sha256(folder / MANIFEST),
-        "source": identity(teacher_source),
-        "kvshare": __version__,
-        "seed": settings.seed,
-        "heal": settings.heal.model_dump(mode="json"),
-    }
-    if resume:
-        check_state(work_folder(target) / "training", job)
-    with workspace(target, keep_on_error=True) as work, _keeping_states(work / "training"):
-        state = work / "training" if resume else fresh_folder(work / "training")
-        write_json(state / JOB, job)
-        teacher = load_native(teacher_source.path, dtype=torch.float32)
-        cache = SelfCache(work, json.dumps(job["source"]))
-        held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress) if measures else None
+    return teacher_source, tokenizer
+
+
+def _texts(
+    settings: Recipe, tokenizer: Any, teacher: Any, state: Path, cache: SelfCache, measures: bool, progress: Progress
+) -> tuple[Tensor, Tensor | None]:
+    """The rows of training, in every process, and the held-out ones in the first, if the result is to be measured."""
+    held_out = None
+    if processes.is_first():
+        if measures:
+            held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress)
         rows = heal_rows(settings, tokenizer, teacher, progress, cache)
         check_rows(state, rows)
-        staged = fresh_folder(work / "healed")
-        result = heal_into(staged, folder, teacher, rows, settings, state, resume, progress)
-        carry_files(folder, staged)
-        if held_out is not None:
-            report = _measured(staged, teacher, held_out, settings, progress)
-            result = replace(result, report=report, contamination=contamination(held_out, [rows]))
-        _describe(staged, folder, result, settings)
-        publish(staged, target)
-    return result
+    processes.meet()  # what the teacher wrote lies there for all
+    return (rows if processes.is_first() else heal_rows(settings, tokenizer, teacher, progress, cache)), held_out
 
 
 @contextmanager
-def _keeping_states(state: Path) -> Iterator[None]:
+def _keeping_states(state: Path) -> Iterator[Path]:
     """Whatever goes wrong, a state that was saved is worth going on with."""
     try:
-        yield
+        yield state
     except KVShareError as error:
         error.keeps_work = error.keeps_work or newest_state(state) is not None
         raise
@@ -204,9 +231,17 @@ def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress, 
 def heal_into(
     staged: Path, checkpoint: Path, teacher: Any, rows: Tensor, recipe: Recipe, state: Path, resume: bool, progress: Progress
 ) -> HealResult:
-    """Train and write weights and config into `staged`; every tensor that was not trained is copied byte for byte."""
+    """Train, and write weights and config into `staged`; see `train` and `write_healed`."""
     student = load(checkpoint, dtype=torch.float32)
     changed, result = train(student, teacher, rows, recipe.heal, recipe.seed, state, resume, progress)
+    write_healed(staged, checkpoint, student, changed, result, recipe)
+    return result
+
+
+def write_healed(
+    staged: Path, checkpoint: Path, student: Any, changed: dict[str, Tensor], result: HealResult, recipe: Recipe
+) -> None:
+    """Write weights and config into `staged`; every tensor that was not trained is copied byte for byte."""
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     # a base model's checkpoint lacks the first part of each name
     bare = f"{student.base_model_prefix}."
@@ -229,7 +264,6 @@ def heal_into(
         "heal": recipe.heal.model_dump(mode="json"),
     }
     write_json(staged / "config.json", config)
-    return result
 
 
 def carry_files(checkpoint: Path, staged: Path) -> None:

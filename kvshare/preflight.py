@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshare import processes
 from kvshare.distillation import LOWER, Layers, Schedule, finite_gradients, make_trainer, training_arguments
 from kvshare.errors import KVShareError, TrainingError
 from kvshare.recipe import Heal
@@ -89,7 +90,7 @@ def preflight(
             teacher,
             training_arguments(folder, once, 1, seed),
             optimizer(),
-            rows[: schedule.micro * _processes()],
+            rows[: schedule.micro * processes.count()],
             settings,
             layers,
             forwarded,
@@ -106,6 +107,7 @@ def preflight(
         if not all(torch.equal(value, after[name]) for name, value in _trainable(adapted).items()):
             raise ArithmeticError("the weights that were read are not those that were written")
         del trainer
+        processes.meet()
     except KVShareError:
         raise
     except Exception as error:
@@ -117,14 +119,9 @@ def preflight(
     finally:
         _restore(adapted, before)
         adapted.zero_grad(set_to_none=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(folder, ignore_errors=True)
         gc.collect()  # what several processes wrapped the model in listens to its gradients until it is gone
-
-
-def _processes() -> int:
-    from accelerate import PartialState
-
-    return int(PartialState().num_processes)
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

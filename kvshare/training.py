@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvshare import processes
 from kvshare.contamination import Contamination
 from kvshare.data import rows_per_forward
 from kvshare.distillation import (
@@ -87,7 +88,7 @@ def train(
     batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
     steps = math.ceil(len(rows) / batch)
     rate = settings.learning_rate or BASE_RATE * math.sqrt(BASE_HIDDEN / int(student.config.hidden_size))
-    schedule = Schedule(micro, batch // micro, steps, rate, warmup=min(0.05, 20 / steps))
+    schedule = Schedule(micro, batch // (micro * processes.count()), steps, rate, warmup=min(0.05, 20 / steps))
 
     def optimizer() -> torch.optim.Optimizer:
         return make_optimizer(adapted, family.k, rate, settings.shared_rate)
@@ -99,7 +100,8 @@ def train(
     arguments = training_arguments(state, schedule, settings.save_steps, seed)
     trainer = make_trainer(adapted, teacher, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
-    for folder in state.glob("checkpoint-*"):
+    processes.meet()
+    for folder in state.glob("checkpoint-*") if processes.is_first() else ():
         if folder != newest:
             shutil.rmtree(folder)  # broken off while it was written, or older
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
@@ -159,7 +161,18 @@ def _targets(student: nn.Module, settings: Heal, shared_name: str) -> tuple[str,
 
 
 def batch_rows(settings: Heal, length: int, vocabulary: int, rows: int) -> tuple[int, int]:
-    """Rows per optimizer step and rows per forward: as many as keep the logits within a GiB, in equal parts."""
+    """Rows per optimizer step, and per forward of each process: as many as keep the logits within a GiB, in equal parts.
+
+    Raises:
+        UsageError: the rows of a step cannot be shared equally among the processes.
+    """
     batch = max(1, min(rows, settings.batch_tokens // length))
-    fits = rows_per_forward(length, vocabulary)
-    return batch, next(micro for micro in range(min(batch, fits), 0, -1) if batch % micro == 0)
+    count = processes.count()
+    if batch % count:
+        raise UsageError(
+            f"{count} processes cannot share the {batch} rows of a step",
+            f"heal.batch_tokens = {settings.batch_tokens} are {batch} rows of {length} tokens",
+            f"start {math.gcd(batch, count)} processes, or set heal.batch_tokens to a multiple of {count * length}",
+        )
+    own, fits = batch // count, rows_per_forward(length, vocabulary)
+    return batch, next(micro for micro in range(min(own, fits), 0, -1) if own % micro == 0)

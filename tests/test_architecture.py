@@ -15,7 +15,7 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
-    ["recipe", "families", "source", "budget", "repeats"],
+    ["recipe", "families", "source", "budget", "repeats", "processes"],
     ["mixture"],
     ["hub", "tensors", "memory", "progress", "contamination"],
     ["planning", "merge", "data"],
