@@ -41,10 +41,13 @@ class Schedule:
     warmup: float = 0.0
 
 
-def training_arguments(folder: Path, schedule: Schedule, save_steps: int, seed: int) -> Any:
+def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_steps: int, seed: int) -> Any:
     """The TrainingArguments of a schedule; states are saved under `folder`."""
     import transformers
 
+    # transformers 5 has renamed it on the way
+    renamed = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+    checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     on_gpu = torch.cuda.is_available()
     return transformers.TrainingArguments(
         output_dir=str(folder),
@@ -71,6 +74,7 @@ def training_arguments(folder: Path, schedule: Schedule, save_steps: int, seed: 
         label_names=[],
         dataloader_pin_memory=on_gpu,
         train_sampling_strategy="sequential",
+        **{checkpointing: settings.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
     )
 
 

@@ -88,7 +88,7 @@ def preflight(
         trainer = make_trainer(
             adapted,
             teacher,
-            training_arguments(folder, once, 1, seed),
+            training_arguments(folder, once, settings, 1, seed),
             optimizer(),
             rows[: schedule.micro * processes.count()],
             settings,

@@ -120,6 +120,8 @@ class Heal(_Settings):
     """Weight of the cross-entropy of the text itself, beside the KL to the teacher, which has the weight 1."""
     attention_matching: NonNegative = 0.0
     """Weight of the squared error of every shared layer's attention output, relative to the teacher's."""
+    gradient_checkpointing: bool = False
+    """Keep no activations within layers and compute them again in the backward pass: less memory, more time."""
     save_steps: Positive = 50
     divergence_factor: Annotated[float, Field(gt=1)] = 4.0
     """Training stops when the mean loss of ten steps is more than this many times that of the first step."""

@@ -97,7 +97,7 @@ def train(
     preflight(adapted, teacher, rows, settings, layers, schedule, optimizer, state / "preflight", seed)
     transformers.set_seed(seed)
     watch = make_watch(state, settings.divergence_factor, progress)
-    arguments = training_arguments(state, schedule, settings.save_steps, seed)
+    arguments = training_arguments(state, schedule, settings, settings.save_steps, seed)
     trainer = make_trainer(adapted, teacher, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
     processes.meet()

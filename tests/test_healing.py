@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,51 @@ def test_resume_continues_to_the_same_weights(
     first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not work_folder(output).exists()
+
+
+@pytest.mark.parametrize("key", ["qwen2", "gpt2"])
+def test_activations_that_are_computed_again_are_the_same(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+) -> None:
+    folder, sources = converted_folder(key), (source_folder(key), text_file)
+    recipe = small(tmp_path, attention_matching=0.1)
+    calls, attend = 0, torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return attend(*arguments, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+    plain = kvshare.heal(folder, tmp_path / "a", *sources, recipe=recipe)
+    once, calls = calls, 0
+    again = kvshare.heal(folder, tmp_path / "b", *sources, recipe=_with(recipe, gradient_checkpointing=True))
+    assert calls == 1.5 * once  # teacher and student once, the student once more
+    assert [loss for _, loss in again.losses] == pytest.approx([loss for _, loss in plain.losses], rel=1e-5)
+    assert again.terms["attention"] == pytest.approx(plain.terms["attention"], rel=1e-5)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source, recipe, output = converted_folder("llama-gqa"), source_folder("llama-gqa"), small(tmp_path), tmp_path / "out"
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
+    words = ["heal", folder, "-o", output, "--source", source, "--data", text_file, "--recipe", recipe]
+    code = "import sys; from kvshare.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("healing: 6/8"):
+                child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert kvshare.heal(folder, output, source, text_file, recipe=recipe, resume=True) == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_text_of_self_is_not_written_again(
