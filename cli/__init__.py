@@ -10,7 +10,7 @@ import io
 import sys
 
 import typer
-from kvshare.cli import bench, convert, evaluate, heal, inspect, plan, push, recipes, verify
+from kvshare.cli import bench, calibrate, convert, evaluate, heal, inspect, plan, push, recipes, verify
 
 from kvshare import __version__
 from kvshare.errors import KVShareError
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.run)
 app.command("plan")(plan.run)
+app.command("calibrate")(calibrate.run)
 app.command("convert")(convert.run)
 app.command("heal")(heal.run)
 app.command("eval")(evaluate.run)

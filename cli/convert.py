@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
-from kvshare.cli.render import print_choice, print_json, shown_progress, warn_of_contamination
+from kvshare.cli.render import print_choice, print_json, print_plan, shown_progress, warn_of_contamination
 
 
 def run(
@@ -17,36 +15,38 @@ def run(
     kv_heads: options.KVHeads = None,
     cache_budget: options.CacheBudget = None,
     recipe: options.Recipe = None,
-    calibration: Annotated[str | None, typer.Option(help=f"Text for the merge. {options.DATA}.")] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
-    heal: Annotated[bool | None, typer.Option("--heal/--no-heal", help="Distil after the merge.")] = None,
-    heal_data: Annotated[str | None, typer.Option(help="Text to distil on; the calibration's when only that is given.")] = None,
-    heal_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Held-out text for the final measurement.")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
-    eval_mode: Annotated[
-        str | None,
-        typer.Option(help="whole: both models in memory; layers: layer by layer, for models that do not fit; off: no measurement."),
-    ] = None,
+    calibration: options.Calibration = None,
+    calibration_tokens: options.Tokens = None,
+    statistics: options.Statistics = None,
+    heal: options.Heal = None,
+    heal_data: options.HealData = None,
+    heal_tokens: options.Tokens = None,
+    eval_data: options.EvalData = None,
+    eval_tokens: options.Tokens = None,
+    eval_mode: options.EvalMode = None,
     max_perplexity_increase: options.MaxPerplexityIncrease = None,
     seed: options.Seed = None,
+    max_shard_size: options.MaxShardSize = None,
     overwrite: options.Overwrite = False,
+    restart: options.Restart = False,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Merge K and V, heal, measure, and write an ordinary checkpoint."""
-    from kvshare import convert
+    """Merge K and V, heal, measure, and write an ordinary checkpoint. The same command goes on where it was interrupted."""
+    from kvshare import convert, plan
+    from kvshare.conversion import check_conversion
 
-    with shown_progress(quiet) as progress:
-        result = convert(
+    if dry_run:
+        planned = plan(
             model,
-            output,
             init=init,
             kv_heads=kv_heads,
             cache_budget=cache_budget,
             recipe=recipe,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            statistics=statistics,
             heal=heal,
             heal_data=heal_data,
             heal_tokens=heal_tokens,
@@ -55,9 +55,43 @@ def run(
             eval_mode=eval_mode,
             max_perplexity_increase=max_perplexity_increase,
             seed=seed,
-            overwrite=overwrite,
-            progress=progress,
+            max_shard_size=max_shard_size,
         )
+        check_conversion(planned, output, overwrite)
+        if as_json:
+            print_json(planned.to_dict() | {"output": str(output)})
+            return
+        print_plan(planned.to_dict())
+        print(f"nothing was written; without --dry-run, {output} would be")
+        return
+    try:
+        with shown_progress(quiet) as progress:
+            result = convert(
+                model,
+                output,
+                init=init,
+                kv_heads=kv_heads,
+                cache_budget=cache_budget,
+                recipe=recipe,
+                calibration=calibration,
+                calibration_tokens=calibration_tokens,
+                statistics=statistics,
+                heal=heal,
+                heal_data=heal_data,
+                heal_tokens=heal_tokens,
+                eval_data=eval_data,
+                eval_tokens=eval_tokens,
+                eval_mode=eval_mode,
+                max_perplexity_increase=max_perplexity_increase,
+                seed=seed,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                restart=restart,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command goes on from here, --restart begins again", err=True)
+        raise
     warn_of_contamination(result.contamination)
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})

@@ -23,15 +23,30 @@ KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a div
 CacheBudget = Annotated[
     float | None, typer.Option(help="The most of the cache to keep, such as 0.3: each layer gets what it is found to need.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
+DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
+Calibration = Annotated[str | None, typer.Option(help=f"Text for the merge. {DATA}.")]
+Tokens = Annotated[int | None, typer.Option(help="How much of it.")]
+Statistics = Annotated[str | None, typer.Option(help="A folder of `kvshare calibrate`, in place of text for the merge.")]
+Heal = Annotated[bool | None, typer.Option("--heal/--no-heal", help="Distil after the merge.")]
+HealData = Annotated[str | None, typer.Option(help="Text to distil on; the calibration's when only that is given.")]
+EvalData = Annotated[str | None, typer.Option(help="Held-out text for the final measurement.")]
+EvalMode = Annotated[
+    str | None,
+    typer.Option(help="whole: both models in memory; layers: layer by layer, for models that do not fit; off: no measurement."),
+]
 MaxPerplexityIncrease = Annotated[
     float | None,
     typer.Option(help="Quality gate, such as 0.05: a result that is worse by more is not published (exit code 6)."),
 ]
-DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="The most of a weight file, such as 5GB; as the source's files when not given.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would happen, and write nothing.")]
+Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin again, whatever an interrupted run has finished.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]
 LIST = "with commas between them, or the option repeated"
 

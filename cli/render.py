@@ -168,3 +168,26 @@ def _lines() -> Progress:
             typer.echo(f"{stage}: {done}/{total}", err=True)
 
     return show
+
+
+def print_plan(values: dict[str, Any]) -> None:
+    """What a conversion would do, from `Plan.to_dict`."""
+    open_choice = values["layer_heads"] is None
+    bound = "at most " if open_choice else ""
+    print_table(
+        f"{values['model']} ({values['model_type']}, {values['layers']} layers)",
+        [
+            ("KV heads", str(values["source_kv_heads"]), "by layer" if open_choice else str(values["kv_heads"])),
+            ("KV cache per token", size(values["source_cache_bytes_per_token"]), bound + size(values["cache_bytes_per_token"])),
+            ("KV cache saved", "", f"{'at least ' if open_choice else ''}{values['cache_reduction']:.2%}"),
+            ("weights", size(values["bytes_read"]), size(values["bytes_written"])),
+            ("tensors merged / copied", "", f"{values['tensors_merged']} / {values['tensors_copied']}"),
+            ("init", "", values["init"]),
+            ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
+            ("disk needed", "", size(values["disk_bytes"])),
+            ("memory needed, about", "", size(values["memory_bytes"])),
+        ],
+        ("", "source", "converted"),
+    )
+    for reason in values["reasons"]:
+        print(f"- {reason}")

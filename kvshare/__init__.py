@@ -1,7 +1,7 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
-The public API is the verbs: `inspect`, `plan`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `push`, `load`. They are loaded
-when first used, so that importing kvshare costs nothing.
+The public API is the verbs: `inspect`, `plan`, `calibrate`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `push`, `load`. They
+are loaded when first used, so that importing kvshare costs nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from kvshare.planning import plan as plan
     from kvshare.publishing import push as push
     from kvshare.recipe import load_recipe as load_recipe
+    from kvshare.statistics import calibrate as calibrate
     from kvshare.verification import verify as verify
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "bench": "benching",
+    "calibrate": "statistics",
     "convert": "conversion",
     "evaluate": "evaluation",
     "heal": "healing",
@@ -38,7 +40,7 @@ _HOMES = {
     "verify": "verification",
 }
 
-__all__ = ["KVShareError", "bench", "convert", "evaluate", "heal", "inspect", "load", "load_recipe", "plan", "push", "verify"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

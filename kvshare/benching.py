@@ -7,7 +7,6 @@ Never: judges quality, which `evaluate` does; claims what it did not measure.
 from __future__ import annotations
 
 import platform
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +22,12 @@ from kvshare.figures import as_json
 from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Bench, settings_of
+from kvshare.sizes import bytes_of
 from kvshare.source import open_source
 from kvshare.tensors import DTYPES
 from kvshare.timing import Run, held_bytes, measure_pair
 from kvshare.verification import read_block
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)},
-    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
-}
 RESULT = "bench.json"
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -120,7 +114,7 @@ def bench(
     settings = settings_of(Bench, contexts=contexts, batch_sizes=batch_sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
     folder = Path(checkpoint)
     form = read_block(folder)["form"]
-    budget = None if memory is None else memory_bytes(memory)
+    budget = None if memory is None else bytes_of(memory, "memory")
     weights = _dtype(dtype) if dtype is not None else DTYPES[stored_dtype(folder)]
     place = _device(device)
     source = open_source(against)
@@ -202,19 +196,6 @@ def not_measured(device: torch.device, fits: bool) -> tuple[str, ...]:
             "what fits was computed from weights and measured cache bytes per token; activations are not counted, nothing ran"
         )
     return tuple(said)
-
-
-def memory_bytes(memory: str | int) -> int:
-    """Bytes of `8GB` (8e9), `8GiB` (8 x 2^30) or a number.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(memory))
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    if not found or found[2].lower() not in units or not float(found[1]):
-        raise UsageError(f"the memory {memory!r} cannot be read", "it is a number with a unit", "for example: 8GB or 8GiB")
-    return int(float(found[1]) * units[found[2].lower()])
 
 
 def write_benchmark(result: Benchmark, output: Path) -> None:

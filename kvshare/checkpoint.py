@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UsageError
+from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UnfinishedWorkError, UsageError
+from kvshare.journal import JOURNAL, Journal
 from kvshare.source import INDEX, SINGLE, TensorSpec, data_bytes
-from kvshare.tensors import DTYPES
+from kvshare.tensors import DTYPES, is_finite
 
 MANIFEST = "kvshare_manifest.json"
 MODELING = "modeling_kvshare.py"
 FORMAT_VERSION = 2
-PIECE = 16 << 20  # bytes moved at a time
+PUBLISHED = "published"  # the entry of a journal that comes before the renames
+REPLACED = "replaced"  # where, in the work folder, an output waits that is being replaced
+PIECE = 64 << 20  # bytes moved at a time
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,15 @@ class OutputTensor:
 
 
 class WeightWriter:
-    """Writes safetensors files of a known layout into a folder, tensors in any order, each where its header says."""
+    """Writes safetensors files of a known layout into a folder, tensors in any order, each where its header says.
+
+    Files of that layout that an earlier run has begun are gone on with; which of their tensors are written, the caller knows.
+    """
 
     def __init__(self, folder: Path, tensors: list[OutputTensor]) -> None:
         self.folder = folder
         self.pending = {tensor.name: tensor for tensor in tensors}
+        self.files = {tensor.name: tensor.file for tensor in tensors}
         self.offsets: dict[str, int] = {}
         for file in sorted({tensor.file for tensor in tensors}):
             self._begin(file, sorted((t for t in tensors if t.file == file), key=lambda t: t.name))
@@ -81,9 +89,14 @@ class WeightWriter:
         raw += b" " * (-len(raw) % 8)
         for tensor in tensors:
             self.offsets[tensor.name] = 8 + len(raw) + header[tensor.name]["data_offsets"][0]
+        begin, size = struct.pack("<Q", len(raw)) + raw, 8 + len(raw) + position
+        if (self.folder / file).is_file() and (self.folder / file).stat().st_size == size:
+            with (self.folder / file).open("rb") as stream:
+                if stream.read(len(begin)) == begin:
+                    return
         with (self.folder / file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(raw)) + raw)
-            stream.truncate(8 + len(raw) + position)
+            stream.write(begin)
+            stream.truncate(size)
 
     def put(self, name: str, value: Tensor) -> None:
         """Write a computed tensor; it is cast once, to its planned dtype.
@@ -95,7 +108,7 @@ class WeightWriter:
         cast = value.detach().cpu().to(DTYPES[tensor.dtype]).contiguous()
         if tuple(cast.shape) != tensor.shape:
             raise ValueError(f"{name} has the shape {tuple(cast.shape)}, and {tensor.shape} was planned")
-        if not bool(torch.isfinite(cast).all()):
+        if not is_finite(cast):
             raise BadCheckpointError(
                 f"the new {name} holds NaN or infinity",
                 f"its values do not fit {tensor.dtype} or the source already holds such values",
@@ -105,6 +118,20 @@ class WeightWriter:
             stream.seek(self.offsets[name])
             stream.write(cast.flatten().view(torch.uint8).numpy().data)
 
+    def keep(self, name: str) -> None:
+        """Leave a tensor as an earlier run has written it."""
+        del self.pending[name]
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Return when what was written of these tensors is on the disk."""
+        for file in sorted({self.files[name] for name in names}):
+            sync(self.folder / file)
+
+    def complete(self) -> set[str]:
+        """The files that no tensor is missing in any more."""
+        missing = {tensor.file for tensor in list(self.pending.values())}
+        return {*self.files.values()} - missing
+
     def copy(self, spec: TensorSpec, folder: Path) -> None:
         """Copy a tensor byte for byte from a file of another checkpoint."""
         tensor = self.pending.pop(spec.name)
@@ -113,20 +140,35 @@ class WeightWriter:
             stream.seek(self.offsets[spec.name])
             left = spec.bytes
             while left:
-                piece = source.read(min(PIECE, left))
-                if not piece:
+                moved = _move(source, stream, min(PIECE, left))
+                if not moved:
                     raise BadCheckpointError(
                         f"the file {folder / spec.file} ends inside {spec.name}",
                         "it became shorter while it was read",
                         "download that file again",
                     )
-                stream.write(piece)
-                left -= len(piece)
+                left -= moved
 
     def finish(self) -> None:
         """Check that every planned tensor was written."""
         if self.pending:
             raise ValueError(f"these tensors were planned and never written: {', '.join(sorted(self.pending))}")
+
+
+def _move(source: BufferedReader, target: BufferedRandom, most: int) -> int:
+    """Copy up to `most` bytes from where one file stands to where the other does, within the kernel where that can be done.
+
+    Returns:
+        how many bytes were copied; 0 at the end of the source.
+    """
+    if hasattr(os, "sendfile"):
+        start = source.tell()
+        target.flush()
+        with suppress(OSError):  # not between files on this system
+            moved = os.sendfile(target.fileno(), source.fileno(), start, most)
+            source.seek(start + moved)
+            return moved
+    return target.write(source.read(most))
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -136,6 +178,9 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         UsageError: the output exists, or is, holds or lies in the source.
     """
     target, origin = output.resolve(), source.resolve()
+    work = work_folder(output)
+    if work.is_dir() and {entry.name for entry in work.iterdir()} <= {"lock"}:
+        shutil.rmtree(work)  # a run was killed while it cleared up
     if target == origin or origin in target.parents or target in origin.parents:
         raise UsageError(
             f"the output {output} and the source {source} overlap",
@@ -157,11 +202,12 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Hold the planned bytes against the free ones.
+    """Hold the planned bytes against the free ones and those that unfinished work of this output takes already.
 
     Raises:
         NoSpaceError: too little is free.
     """
+    needed -= sum(file.stat().st_blocks * 512 for file in work_folder(output).rglob("*") if file.is_file())
     parent = next(folder for folder in output.resolve().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -178,13 +224,18 @@ def work_folder(output: Path) -> Path:
 
 
 @contextmanager
-def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
-    """An empty work folder; it goes when the work is done or, unless `keep_on_error`, has failed.
+def workspace(output: Path, resumable: bool = False) -> Iterator[Path]:
+    """The work folder of an output; it goes when the work is done or was refused.
+
+    Args:
+        output: what is made in it.
+        resumable: whether the work of a run that breaks off stays, for the same command to go on with.
 
     An error that a user is to act on keeps it only if it says so (`keeps_work`).
 
     Raises:
         UsageError: another run writes the same output.
+        UnfinishedWorkError: there is resumable work in the folder, and this command is not.
         NoSpaceError: the disk became full; the folder stays and the message says where it is.
     """
     work = work_folder(output)
@@ -200,10 +251,17 @@ def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
             "wait until it ends, or choose another output",
         ) from None
     try:
+        _undo_replacing(work, output)
+        if not resumable and (work / JOURNAL).exists():
+            raise UnfinishedWorkError(
+                f"{work} holds unfinished work",
+                f"a run that was to write {output} broke off",
+                "repeat its command to finish it, remove that folder, or choose another output",
+            )
         yield work
     except OSError as error:
         if error.errno != errno.ENOSPC:
-            keep = keep_on_error
+            keep = resumable
             raise
         keep = True
         raise NoSpaceError(
@@ -211,13 +269,37 @@ def workspace(output: Path, keep_on_error: bool = False) -> Iterator[Path]:
             str(error),
             f"free space and run the command again; unfinished work lies in {work}",
         ) from error
+    except UnfinishedWorkError:
+        keep = True
+        raise
     except BaseException as error:
-        keep = keep_on_error and (not isinstance(error, KVShareError) or error.keeps_work)
+        keep = resumable and (not isinstance(error, KVShareError) or error.keeps_work)
         raise
     finally:
-        lock.release()
         if not keep:
-            shutil.rmtree(work, ignore_errors=True)
+            _clear(work)
+        lock.release()
+
+
+def _clear(work: Path) -> None:
+    """Remove a work folder whose lock is held; the journal, which says what is done, goes when nothing else is left."""
+    last = (JOURNAL, "lock")
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in last:
+            entry.unlink()
+    for name in last:
+        (work / name).unlink(missing_ok=True)
+    with suppress(OSError):  # another run has begun here
+        work.rmdir()
+
+
+def _undo_replacing(work: Path, output: Path) -> None:
+    """Put back what an earlier run had moved aside and then did not replace."""
+    aside = work / REPLACED / output.name
+    if aside.exists() and not output.exists():
+        os.rename(aside, output)
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -236,24 +318,36 @@ def write_files(folder: Path, files: Mapping[str, bytes | None]) -> None:
             (folder / name).write_bytes(content)
 
 
-def publish(staged: Path, output: Path) -> None:
-    """Write the manifest last, sync everything to disk and rename the folder to its final name."""
+def publish(staged: Path, output: Path, journal: Journal | None = None, sums: Mapping[str, str] | None = None) -> None:
+    """Write the manifest last, sync everything to disk and rename the folder to its final name.
+
+    What it replaces waits in the work folder until that has happened. The journal of resumable work gets the manifest's SHA-256
+    before the renames, see `is_published`. `sums` are SHA-256 of files that are known already.
+    """
+    known = sums or {}
     files = sorted(file for file in staged.iterdir() if file.name != MANIFEST)
-    write_json(
-        staged / MANIFEST,
-        {"version": FORMAT_VERSION, "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files}},
-    )
+    entries = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)} for file in files}
+    write_json(staged / MANIFEST, {"version": FORMAT_VERSION, "files": entries})
     for file in staged.iterdir():
-        _sync(file)
-    _sync(staged)
+        sync(file)
+    sync(staged)
+    if journal is not None:
+        journal.record(PUBLISHED, sha256(staged / MANIFEST))
     if output.exists():
-        aside = fresh_folder(work_folder(output) / "replaced")
+        aside = fresh_folder(work_folder(output) / REPLACED)
         os.rename(output, aside / output.name)
     os.rename(staged, output)
-    _sync(output.resolve().parent)
+    sync(output.resolve().parent)
 
 
-def _sync(path: Path) -> None:
+def is_published(output: Path, entries: Mapping[str, Any]) -> bool:
+    """Whether an output is what the run whose journal has these entries has published: all that is left is to clear up."""
+    manifest = output / MANIFEST
+    return PUBLISHED in entries and manifest.is_file() and sha256(manifest) == entries[PUBLISHED]
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

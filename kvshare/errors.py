@@ -31,6 +31,10 @@ class TrainingError(KVShareError):
     """Training that cannot start, or that came to nothing (exit code 2)."""
 
 
+class UnfinishedWorkError(UsageError):
+    """Unfinished work of another run is in the way; it is kept (exit code 2)."""
+
+
 class UnsupportedModelError(KVShareError):
     """A model whose attention cannot be shared, or not by this version (exit code 3)."""
 

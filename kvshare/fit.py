@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from kvshare.calibrate import LayerCall
+from kvshare.activations import LayerCall
 from kvshare.families import Family
 from kvshare.layout import pack
 from kvshare.merge import AttentionWeights

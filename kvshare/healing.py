@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kvshare.checkpoint import (
     check_output,
     check_space,
     fresh_folder,
+    is_published,
     publish,
     sha256,
     work_folder,
@@ -39,16 +40,20 @@ from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
-from kvshare.jobs import JOB, check_rows, check_state, identity
+from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal
 from kvshare.layout import tied
 from kvshare.loading import load, load_native
 from kvshare.merge import repeat_heads
+from kvshare.mixture import parts_of
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.training import HealResult, train
 from kvshare.verification import read_block, verify
+
+COMMAND, HEALED = "heal", "healed"  # the job's command, and the entry of what training did, as the journal names them
+AGAIN = "run without --resume to begin again"
 
 
 def heal(
@@ -105,25 +110,24 @@ def heal(
     )
     measures = eval_data is not None or settings.evaluation.max_perplexity_increase is not None
     texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
-    teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite)
-    job = {
-        "checkpoint": sha256(folder / MANIFEST),
-        "source": identity(teacher_source),
-        "kvshare": __version__,
-        "seed": settings.seed,
-        "heal": settings.heal.model_dump(mode="json"),
-    }
-    if resume:
-        check_state(work_folder(target) / "training", job)
     first, work = processes.is_first(), work_folder(target)
+    earlier = read_journal(work / JOURNAL)
+    published = resume and is_published(target, earlier)
+    teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite or published)
+    job = _job(folder, teacher_source, settings)
+    _check_earlier(earlier, job, work, resume)
     progress = progress if first else silent
-    processes.meet()  # all have looked at the output before one of them writes
-    with workspace(target, keep_on_error=True) if first else nullcontext(), _keeping_states(work / "training") as state:
+    processes.meet()  # all have looked at output and work before one of them writes
+    if published:
+        with workspace(target, resumable=True) if first else nullcontext():
+            return Journal(work / JOURNAL, earlier).result(HEALED, HealResult)
+    with workspace(target, resumable=True) if first else nullcontext(), _keeping_states(work / "training") as state:
         if first:
-            write_json((state if resume else fresh_folder(state)) / JOB, job)
+            journal = open_journal(work, job, not resume, AGAIN)
+            (state if resume else fresh_folder(state)).mkdir(exist_ok=True)
         teacher = load_native(teacher_source.path, dtype=torch.float32)
-        cache = SelfCache(work, json.dumps(job["source"]))
-        rows, held_out = _texts(settings, tokenizer, teacher, state, cache, measures, progress)
+        cache = SelfCache(work, json.dumps(_identity(teacher_source)))
+        rows, held_out = _texts(settings, tokenizer, teacher, cache, measures, progress)
         student = load(folder, dtype=torch.float32)
         changed, result = train(student, teacher, rows, settings.heal, settings.seed, state, resume, progress)
         if first:
@@ -134,8 +138,47 @@ def heal(
                 report = _measured(staged, teacher, held_out, settings, progress)
                 result = replace(result, report=report, contamination=contamination(held_out, [rows]))
             _describe(staged, folder, result, settings)
-            publish(staged, target)
+            journal.record(HEALED, asdict(result))
+            publish(staged, target, journal)
     return result
+
+
+def _job(checkpoint: Path, source: Source, settings: Recipe) -> dict[str, Any]:
+    """What decides the weights of a healed checkpoint."""
+    return flat(
+        {
+            "command": COMMAND,
+            "checkpoint": sha256(checkpoint / MANIFEST),
+            "source": _identity(source),
+            "kvshare": __version__,
+            "seed": settings.seed,
+            "heal": settings.heal.model_dump(mode="json"),
+            "text": {part.data: content_of(part.data) for part in parts_of(settings.heal.data)},
+        }
+    )
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What tells one teacher from another: its commit, or the content of a local folder's weights, wherever it lies."""
+    if source.commit is not None:
+        return {"name": source.name, "commit": source.commit}
+    return {"files": {file: content_of(str(source.path / file)) for file in source.file_bytes}}
+
+
+def _check_earlier(earlier: dict[str, Any], job: dict[str, Any], work: Path, resume: bool) -> None:
+    """Refuse to resume what is not there or was another job, and to begin where another command's work lies; nothing is touched.
+
+    Raises:
+        UsageError: there is nothing to resume.
+        UnfinishedWorkError: the work is of a job with other settings, or of another command; the first field is named.
+    """
+    if resume and JOB not in earlier:
+        raise UsageError("there is nothing to resume", f"{work} holds no unfinished work", "run the command without --resume")
+    if resume:
+        check_same(earlier[JOB], job, work, AGAIN)
+    elif JOB in earlier:
+        own = {"command": COMMAND}
+        check_same({"command": earlier[JOB].get("command")}, own, work, "remove that folder, or choose another output")
 
 
 def _checked(folder: Path, target: Path, source: str | Path, texts: list[str], overwrite: bool) -> tuple[Source, Any]:
@@ -166,7 +209,7 @@ def _checked(folder: Path, target: Path, source: str | Path, texts: list[str], o
 
 
 def _texts(
-    settings: Recipe, tokenizer: Any, teacher: Any, state: Path, cache: SelfCache, measures: bool, progress: Progress
+    settings: Recipe, tokenizer: Any, teacher: Any, cache: SelfCache, measures: bool, progress: Progress
 ) -> tuple[Tensor, Tensor | None]:
     """The rows of training, in every process, and the held-out ones in the first, if the result is to be measured."""
     held_out = None
@@ -174,7 +217,6 @@ def _texts(
         if measures:
             held_out = evaluation_rows(settings.evaluation, tokenizer, teacher, settings.seed, progress)
         rows = heal_rows(settings, tokenizer, teacher, progress, cache)
-        check_rows(state, rows)
     processes.meet()  # what the teacher wrote lies there for all
     return (rows if processes.is_first() else heal_rows(settings, tokenizer, teacher, progress, cache)), held_out
 
@@ -204,7 +246,9 @@ def _measured(staged: Path, teacher: Any, rows: Tensor, settings: Recipe, progre
         keeps_work=True,
     )
     config = read_json(staged / "config.json")
-    config["kvshare"]["evaluation"] = settings.evaluation.model_dump(mode="json") | {"seed": settings.seed}
+    config["kvshare"]["evaluation"] = settings.evaluation.model_dump(mode="json", exclude={"max_perplexity_increase"}) | {
+        "seed": settings.seed
+    }
     write_json(staged / "config.json", config)
     return report
 

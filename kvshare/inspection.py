@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kvshare.activations import LayerCall, first_inputs, rotary_dim
 from kvshare.budget import divisors, head_units
-from kvshare.calibrate import LayerCall, first_inputs, rotary_dim
 from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
 from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
 from kvshare.findings import Inspection, LayerFigures, LayerOption
-from kvshare.layerwise import Solved, attention_of, solve_alone, source_pass
+from kvshare.layerwise import Solved, solve_alone
 from kvshare.loading import load_native
 from kvshare.merge.regroup import layer_problems
 from kvshare.mixture import named, uses_self
 from kvshare.page import render_page
+from kvshare.passes import attention_of, source_pass
 from kvshare.planning import Plan, make_plan
 from kvshare.plots import draw, png, svg
 from kvshare.progress import Progress, silent

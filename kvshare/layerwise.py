@@ -10,7 +10,7 @@ converted model's, which is what each layer will see (method.md, section 2, outp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, OutputSums, attending, batches, enters, first_inputs, rotary_dim, run_layer
+from kvshare.activations import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, unpack
@@ -35,24 +35,27 @@ from kvshare.merge.regroup import (
     solve_layer,
 )
 from kvshare.moments import MomentSums, Weighting, fits_apart
+from kvshare.passes import advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Merge, Recipe
 from kvshare.streaming import Skeleton, read_layer
+from kvshare.tensors import DTYPES
 
+FIXED_BALANCE = 4.0  # where there is no text to search for the balance of least error on
 ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """How well one layer was merged: `lost`, the fraction of weighted energy dropped (the prediction); `error`, the
-    measured E|y - y_shared|^2 / E|y|^2 of its attention output; the balance and grouping that were chosen; how the fit of
-    `learned` went.
+    measured E|y - y_shared|^2 / E|y|^2 of its attention output, None where there was no text to measure on; the balance and
+    grouping that were chosen; how the fit of `learned` went.
     """
 
     layer: int
     lost: float
-    error: float
+    error: float | None
     balance: float
     condition: float
     grouping: Grouping
@@ -69,6 +72,14 @@ class MergedLayer:
     module: nn.Module | None
     weights: AttentionWeights | None
     report: LayerReport | None
+
+
+@dataclass(frozen=True)
+class MergedBefore:
+    """What an earlier run has made of a layer: its weights as they are stored, and the report of the merge."""
+
+    weights: AttentionWeights
+    report: LayerReport
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,6 @@ class _View:
     device: torch.device
 
 
-def attention_of(layer: nn.Module, family: Family) -> nn.Module:
-    """The attention module of a decoder layer."""
-    return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
-
-
 def read_weights(attention: nn.Module, family: Family, head_dim: int, rotary_dim: int | None = None) -> AttentionWeights:
     """The projections of an attention module as `AttentionWeights`, in the module's dtype."""
     tensors = {name: value.detach() for name, value in attention.named_parameters()}
@@ -118,8 +124,21 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
     return changed
 
 
+def as_stored(weights: AttentionWeights, plan: Plan, layer: int) -> AttentionWeights:
+    """The weights of a layer, each tensor in the dtype that it will be stored in."""
+    family = plan.family
+    dtypes = {name: DTYPES[plan.source.tensors[family.tensor(layer, name)].dtype] for name in pack(weights, family)}
+    cast = {name: value.to(dtypes[name]) for name, value in pack(weights, family).items()}
+    return unpack(cast, family, weights.head_dim, weights.rotary_dim)
+
+
 def merge_layers(
-    skeleton: Skeleton, plan: Plan, rows: Tensor, stored: torch.dtype, device: torch.device, progress: Progress
+    skeleton: Skeleton,
+    plan: Plan,
+    rows: Tensor,
+    device: torch.device,
+    progress: Progress,
+    finished: Callable[[int], MergedBefore | None] = lambda _: None,
 ) -> Iterator[MergedLayer]:
     """Merge all layers in order, each behind the converted layers before it, each read from the disk when its turn comes.
 
@@ -127,34 +146,38 @@ def merge_layers(
         skeleton: the source.
         plan: its recipe's init is `svd` or `learned`.
         rows: calibration tokens (rows, length).
-        stored: the dtype that the weights will be stored in; later layers see them rounded.
         device: where one layer at a time is computed, in float32.
+        progress: called on the way.
+        finished: what an earlier run has made of a layer; None where it is still to be merged.
 
     Yields:
-        each layer, with its new weights rounded to `stored`.
+        each layer, with its new weights rounded as they will be stored, which is how later layers see them.
     """
     assert plan.layer_heads is not None
-    family, recipe = plan.family, plan.recipe
-    source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
-    hidden = source_hidden.clone()
+    family, recipe, scratch = plan.family, plan.recipe, skeleton.scratch
+    source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device, scratch)
+    hidden, wanted = room(source_hidden.shape, scratch).copy_(source_hidden), room(source_hidden.shape, scratch)
+    sequential = recipe.merge.sequential
     for index, call in enumerate(calls):
         progress("merging layers", index, len(calls))
         layer = read_layer(skeleton, index, device)
-        kv_heads = plan.layer_heads[index]
-        if kv_heads is None:
-            source_hidden, hidden = (passed(layer, states, call, device) for states in (source_hidden, hidden))
-            yield MergedLayer(layer, layer, None, None)
-            continue
-        wanted, source_next = source_pass(layer, family, source_hidden, call, device)
-        stream = hidden if recipe.merge.sequential else source_hidden
-        if recipe.merge.sequential:
-            wanted = wanted + (source_hidden - hidden)  # what the stream has drifted so far is corrected here
-        view = _View(layer, family, call, stream, wanted, device)
-        weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
-        weights = weights.to(stored)
-        merged = with_weights(layer, family, weights)
-        hidden = passed(merged, hidden, call, device)
-        source_hidden = source_next
+        kv_heads, before = plan.layer_heads[index], finished(index)
+        merged, weights, report = layer, None, None
+        if not sequential:
+            hidden.copy_(source_hidden)
+        if kv_heads is not None and before is None:
+            attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if sequential else None)
+            view = _View(layer, family, call, hidden, wanted, device)
+            weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
+            weights = as_stored(weights, plan, index)
+        else:
+            advance(layer, source_hidden, call, device)
+            if before is not None:
+                weights, report = before.weights, before.report
+        if weights is not None:
+            merged = with_weights(layer, family, weights)
+        if sequential:
+            advance(merged, hidden, call, device)
         yield MergedLayer(layer, merged, weights, report)
     progress("merging layers", len(calls), len(calls))
 
@@ -191,6 +214,35 @@ def merge_alone(
         yield with_weights(layer, plan.family, merged), solved.report.loss
 
 
+def source_moments(
+    layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, kv_heads: int, device: torch.device
+) -> tuple[Moments, int]:
+    """The moments of one layer of the source, for a conversion to `kv_heads` KV heads, and how many numbers of a head rope turns;
+    for the arguments see `merge_alone`.
+    """
+    view, settings = _View(layer, plan.family, call, hidden, hidden, device), plan.recipe.merge
+    attention = attention_of(layer, plan.family)
+    weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, call))
+    grouping = _grouping(view, weights, kv_heads, settings)
+    return _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting), weights.rotated
+
+
+def merge_on_statistics(
+    weights: AttentionWeights, moments: Moments, settings: Merge, layer: int
+) -> tuple[AttentionWeights, LayerReport]:
+    """The closed form alone, on moments that were taken before: no text, so no line search and no refit.
+
+    Args:
+        weights: of the source layer; its `rotary_dim` is known.
+        moments: of the source layer.
+        settings: the recipe's `merge` section, of which `joint` counts, and `balance` where it is a single one.
+        layer: for the report.
+    """
+    balance = settings.balance[0] if len(settings.balance) == 1 else FIXED_BALANCE
+    merged, report = merge_svd(weights, moments.grouping, solve_layer(weights, moments, balance, None, None, settings.joint))
+    return merged, LayerReport(layer, report.lost, None, balance, report.condition, report.grouping)
+
+
 def solve_alone(
     layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, options: Sequence[int], device: torch.device
 ) -> Iterator[Solved]:
@@ -220,26 +272,6 @@ def _solved(view: _View, plan: Plan, options: Sequence[int]) -> Iterator[Solved]
         solutions = solve_layer(weights, moments, iterations=ALONE_ITERATIONS)
         _, report = merge_svd(weights, moments.grouping, solutions)
         yield Solved(weights, moments, solutions, report)
-
-
-def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:
-    """The hidden states behind a layer, (rows, length, hidden) in and out, on the CPU; computed on `device` batch by batch."""
-    return torch.cat([run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)])
-
-
-def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
-        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
-
-    handle = attention_of(layer, family).register_forward_hook(keep)
-    try:
-        behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
-    finally:
-        handle.remove()
-    return torch.cat(outputs), torch.cat(behind)
 
 
 def _merge_layer(

@@ -55,6 +55,11 @@ def fits_apart(weights: AttentionWeights, heads: int) -> bool:
     return heads * (2 * heads * weights.head_dim + has_bias) ** 2 <= ROW_SUM
 
 
+def moment_numbers(heads: int, head_dim: int) -> int:
+    """The most numbers in the moments of keys, or of values, of a group of `heads` source heads."""
+    return min(max(ROW_SUM, numbers := (2 * heads * head_dim + 1) ** 2), heads * numbers)
+
+
 class MomentSums:
     """Running sums of a layer's `Moments`, one batch of attention inputs at a time.
 

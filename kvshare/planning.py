@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, form_reasons, head_units, resolve_heads, stored_heads
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
-from kvshare.families import PARTS, Family, Part, family_of
+from kvshare.families import PARTS, Family, Part
 from kvshare.hub import describe
 from kvshare.memory import peak_memory
-from kvshare.recipe import CALIBRATED, Recipe, load_recipe
+from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
+from kvshare.refusals import convertible_family, require_exact
+from kvshare.sizes import bytes_of, shard_files
 from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec, data_bytes
 
 Action = Literal["copy", "merge"]
@@ -24,13 +26,16 @@ Action = Literal["copy", "merge"]
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One output tensor: `copy` keeps the source's bytes, `merge` computes it anew in `shape` and the source's dtype."""
+    """One output tensor: `copy` keeps the source's bytes, `merge` computes it anew in `shape` and the source's dtype. It goes into
+    the weight file `file`.
+    """
 
     name: str
     action: Action
     dtype: str
     shape: tuple[int, ...]
     source: TensorSpec
+    file: str
 
     @property
     def bytes(self) -> int:
@@ -61,11 +66,12 @@ class Plan:
     source_cache_bytes_per_token: int
     cache_bytes_per_token: int
     reasons: tuple[str, ...]
+    max_shard_bytes: int | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The weight files of the output, the same as the source's."""
-        return tuple(sorted({tensor.source.file for tensor in self.tensors}))
+        """The weight files of the output: those of the source, or as many as `max_shard_bytes` asks for."""
+        return tuple(sorted({tensor.file for tensor in self.tensors}))
 
     @property
     def bytes_read(self) -> int:
@@ -150,7 +156,7 @@ class Plan:
                 {
                     "name": t.name,
                     "action": t.action,
-                    "file": t.source.file,
+                    "file": t.file,
                     "dtype": t.dtype,
                     "source_shape": list(t.source.shape),
                     "shape": list(t.shape),
@@ -167,29 +173,55 @@ def plan(
     kv_heads: int | str | None = None,
     cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
+    calibration: str | None = None,
+    calibration_tokens: int | None = None,
+    statistics: str | Path | None = None,
+    heal: bool | None = None,
+    heal_data: str | None = None,
+    heal_tokens: int | None = None,
+    eval_data: str | None = None,
+    eval_tokens: int | None = None,
+    eval_mode: str | None = None,
+    max_perplexity_increase: float | None = None,
+    seed: int | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Plan:
     """What a conversion of `model` would do, from its config and its tensor headers alone.
 
-    Args:
-        model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
-        init: `mean`, `svd`, `learned` or `exact`; None as the recipe says.
-        kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`; None as the recipe says.
-        cache_budget: the most of the source's cache to keep, in place of `kv_heads`; None as the recipe says.
-        recipe: a shipped recipe's name, a YAML file or a `Recipe`; None for the default.
+    Args: those of `convert`, which see. A Hub model's weights are not downloaded.
 
     Raises:
         UsageError, UnsupportedModelError, BadCheckpointError: see the modules `recipe`, `families` and `source`.
     """
-    return make_plan(describe(model), load_recipe(recipe, init=init, kv_heads=kv_heads, cache_budget=cache_budget))
+    settings = conversion_recipe(
+        recipe,
+        init,
+        kv_heads,
+        cache_budget,
+        calibration,
+        calibration_tokens,
+        statistics,
+        heal,
+        heal_data,
+        heal_tokens,
+        eval_data,
+        eval_tokens,
+        eval_mode,
+        seed,
+        max_perplexity_increase,
+    )
+    most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
+    return make_plan(describe(model), settings, max_shard_bytes=most)
 
 
-def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) -> Plan:
+def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, max_shard_bytes: int | None = None) -> Plan:
     """Lay a recipe over a source.
 
     Args:
         source: the model's config and headers.
         recipe: the settings.
         chosen: what a cache budget's search chose for each layer; None before it, and without a budget.
+        max_shard_bytes: the most data that a weight file holds, a single larger tensor apart; None keeps the source's files.
 
     Raises:
         UnsupportedModelError: an unknown `model_type`, quantised weights, a checkpoint that is converted already, or init
@@ -197,35 +229,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) 
         BadCheckpointError: tensors that are missing or do not have the shape that the config gives them.
         UsageError: `kv_heads` does not divide the source's, no choice meets `cache_budget`, or init `exact` is to merge heads.
     """
-    config = source.config
-    if "kvshare" in config:
-        raise UnsupportedModelError(
-            f"{source.name} is a kvshare checkpoint already",
-            "its cache is half as large already",
-            "convert the model it came from, with the settings you want",
-        )
-    family = family_of(source.model_type).located(source.tensors)
-    if config.get("quantization_config") is not None:
-        raise UnsupportedModelError(
-            f"{source.name} is quantised",
-            "the merge needs the projections as floating-point numbers",
-            "convert the unquantised model and quantise the result",
-        )
-    for name, value in family.only.items():
-        if config.get(name, value) != value:
-            raise UnsupportedModelError(
-                f"{source.name} has {name} = {config[name]!r}",
-                f"of {family.model_type}, kvshare knows the models with {value!r}",
-                "choose another model",
-            )
-    architecture = config.get("architectures")
-    endings = ("ForCausalLM", "LMHeadModel")
-    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith(endings)):
-        raise UnsupportedModelError(
-            f"{source.name} is not a causal language model",
-            f"config.json names the architectures {architecture!r}",
-            f"give a model whose architecture ends in {' or '.join(endings)}",
-        )
+    config, family = source.config, convertible_family(source)
     layers, query_heads, source_heads, head_dim, hidden = _geometry(source, family)
     reasons: list[str] = []
     if recipe.cache_budget is None:
@@ -241,7 +245,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) 
             "take kv_heads all: K and V become one projection, which is half the cache",
         )
     if recipe.init == "exact":
-        _require_exact(source, family, heads, source_heads, head_dim, hidden)
+        require_exact(source, family, heads, source_heads, head_dim, hidden)
         if recipe.heal.enabled:
             recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"enabled": False})})
             reasons.append("nothing is healed: init exact loses nothing that healing could bring back")
@@ -269,9 +273,14 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) 
         if recipe.init == "learned" and not untouched:  # which trains the norms, too
             norms = [family.tensor(layer, f"{norm}.weight") for norm in (family.query_norm, family.key_norm)]
             merged |= {name: source.tensors[name].shape for name in norms if name in source.tensors}
+    specs = sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))
+    stored = [merged.get(spec.name, spec.shape) for spec in specs]
+    files = [spec.file for spec in specs]
+    if max_shard_bytes is not None:
+        files = shard_files([data_bytes(spec.dtype, shape) for spec, shape in zip(specs, stored, strict=True)], max_shard_bytes)
     tensors = tuple(
-        TensorPlan(spec.name, "merge" if spec.name in merged else "copy", spec.dtype, merged.get(spec.name, spec.shape), spec)
-        for spec in sorted(source.tensors.values(), key=lambda spec: (spec.file, spec.start))
+        TensorPlan(spec.name, "merge" if spec.name in merged else "copy", spec.dtype, shape, spec, file)
+        for spec, shape, file in zip(specs, stored, files, strict=True)
     )
     key = source.tensors[family.weight(0, "k")]
     per_head = head_dim * ITEM_BYTES[key.dtype]
@@ -295,30 +304,9 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None) 
         2 * source_heads * layers * per_head,
         units * per_head,
         tuple(reasons),
+        max_shard_bytes,
     )
     return replace(plan, reasons=(*reasons, *_exact_reasons(plan))) if recipe.init == "exact" else plan
-
-
-def _require_exact(source: Source, family: Family, heads: int, source_heads: int, head_dim: int, hidden: int) -> None:
-    if family.fused:
-        raise UnsupportedModelError(
-            f"{source.name} has no exact form",
-            f"a {family.model_type} model keeps K and V in one tensor, which the exact form does not read apart",
-            "use init svd, or learned",
-        )
-    if source_heads * head_dim != hidden:
-        raise UnsupportedModelError(
-            f"{source.name} has no exact form",
-            f"its keys have {source_heads} x {head_dim} = {source_heads * head_dim} numbers per token and hidden states {hidden}: "
-            "values are a function of keys where these are equal",
-            "use init svd, or learned",
-        )
-    if heads != source_heads:
-        raise UsageError(
-            f"init exact cannot make {heads} KV heads of {source_heads}",
-            "it keeps every head as it is; merging heads loses something",
-            "leave kv_heads out, or use init svd",
-        )
 
 
 def _exact_reasons(plan: Plan) -> tuple[str, str]:

@@ -68,6 +68,8 @@ class Calibration(_Settings):
     data: Data = SELF
     tokens: Positive = 65_536
     sequence_length: Positive = 512
+    statistics: str | None = None
+    """A folder of `kvshare calibrate`, in place of text: svd is then the closed form alone, and the model runs no forward."""
 
 
 class Merge(_Settings):
@@ -92,9 +94,9 @@ class Merge(_Settings):
 class Fit(_Settings):
     """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
 
-    steps: Positive = 600
-    batch_tokens: Positive = 2_048
-    learning_rate: PositiveReal = 5e-3
+    steps: Positive = 1_200
+    batch_tokens: Positive = 1_024
+    learning_rate: PositiveReal = 1e-2
     """Relative to the root mean square of each matrix."""
 
 
@@ -198,10 +200,20 @@ def settings_of(kind: type[Settings], **values: Any) -> Settings:
         raise _explain(error, "the command") from None
 
 
+def calibrates(recipe: Recipe) -> bool:
+    """Whether the merge takes text."""
+    return recipe.init in CALIBRATED and recipe.calibration.statistics is None
+
+
+def made_by(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a result, as JSON data: all but the limit that it is held against afterwards."""
+    return recipe.model_dump(mode="json", exclude={"evaluation": {"max_perplexity_increase"}})
+
+
 def data_used(recipe: Recipe) -> list[str]:
     """The DATA arguments of all text that a conversion reads."""
     used = [] if recipe.evaluation.mode == "off" else [recipe.evaluation.data]
-    if recipe.init in CALIBRATED:
+    if calibrates(recipe):
         used.append(recipe.calibration.data)
     if recipe.heal.enabled:
         used.append(recipe.heal.data)
@@ -257,7 +269,54 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
     except ValidationError as error:
         raise _explain(error, origin) from None
     _check_budget(settings, origin)
+    _check_statistics(settings, origin)
     _check_evaluation(settings, origin)
+    return settings
+
+
+def conversion_recipe(
+    recipe: str | Path | Recipe | None,
+    init: str | None,
+    kv_heads: int | str | None,
+    cache_budget: float | None,
+    calibration: str | None,
+    calibration_tokens: int | None,
+    statistics: str | Path | None,
+    heal: bool | None,
+    heal_data: str | None,
+    heal_tokens: int | None,
+    eval_data: str | None,
+    eval_tokens: int | None,
+    eval_mode: str | None,
+    seed: int | None,
+    max_perplexity_increase: float | None = None,
+) -> Recipe:
+    """The recipe of a conversion from the arguments of `convert`, which see.
+
+    Raises:
+        UsageError: see `load_recipe`; or an exact conversion that is to be healed.
+    """
+    settings = load_recipe(
+        recipe,
+        init=init,
+        kv_heads=kv_heads,
+        cache_budget=cache_budget,
+        seed=seed,
+        calibration__data=calibration,
+        calibration__tokens=calibration_tokens,
+        calibration__statistics=None if statistics is None else str(statistics),
+        heal__enabled=heal,
+        heal__data=heal_data or calibration,
+        heal__tokens=heal_tokens,
+        evaluation__data=eval_data,
+        evaluation__tokens=eval_tokens,
+        evaluation__mode=eval_mode,
+        evaluation__max_perplexity_increase=max_perplexity_increase,
+    )
+    if heal and settings.init == "exact":
+        raise UsageError(
+            "an exact conversion cannot be healed", "its weights are the source's own: nothing was lost", "leave --heal out"
+        )
     return settings
 
 
@@ -281,6 +340,21 @@ def _check_evaluation(recipe: Recipe, origin: str) -> None:
         f"{origin} measures layer by layer " + ("and heals" if healing else "with init exact"),
         "healing needs both models in memory as it is" if healing else "what the exact form loses shows in its cache alone",
         "turn healing off, or take evaluation mode whole" if healing else "take evaluation mode whole or off",
+    )
+
+
+def _check_statistics(recipe: Recipe, origin: str) -> None:
+    """Refuse statistics where they would not be used, or not be enough.
+
+    Raises:
+        UsageError: an init other than svd, or a cache budget.
+    """
+    if recipe.calibration.statistics is None or (recipe.init == "svd" and recipe.cache_budget is None):
+        return
+    given = "a cache budget" if recipe.cache_budget is not None else f"init {recipe.init}"
+    needs = "takes no statistics" if recipe.init in ("mean", "exact") else "needs what layers do on text"
+    raise UsageError(
+        f"{origin} has both statistics and {given}", f"{given} {needs}", "leave one of them out; init svd starts from statistics"
     )
 
 

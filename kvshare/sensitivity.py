@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshare.activations import first_inputs
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, choose_budget, divisors, head_units
-from kvshare.calibrate import first_inputs
 from kvshare.data import rows_per_forward
 from kvshare.errors import UsageError
-from kvshare.layerwise import merge_alone, passed, source_pass
+from kvshare.layerwise import merge_alone
+from kvshare.passes import passed, source_pass
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 

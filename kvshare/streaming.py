@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import bypassed
+from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
 from kvshare.source import Source
@@ -22,11 +23,14 @@ from kvshare.tensors import map_tensor, read_tensor
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model whose layers have no weights (they are on the meta device); its tables are mapped from the disk."""
+    """A model whose layers have no weights (they are on the meta device); its tables are mapped from the disk. `scratch` is a
+    folder for hidden states that are large, None to keep all of them in memory.
+    """
 
     source: Source
     family: Family
     model: Any
+    scratch: Path | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -38,7 +42,7 @@ class Skeleton:
         return self.family.attention.format(layer=index).rpartition(".")[0] + "."
 
 
-def open_skeleton(source: Source, family: Family) -> Skeleton:
+def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -> Skeleton:
     """The modules of a source: vectors outside the layers in float32, tables mapped in the dtype they are stored in.
 
     Raises:
@@ -51,7 +55,7 @@ def open_skeleton(source: Source, family: Family) -> Skeleton:
     config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-    skeleton = Skeleton(source, family, model.eval())
+    skeleton = Skeleton(source, family, model.eval(), scratch)
     prefix = skeleton.layer_prefix(0).removesuffix("0.")
     known = set(model.state_dict())
     state = {}

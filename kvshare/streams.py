@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kvshare.calibrate import LayerCall, first_inputs
+from kvshare.activations import LayerCall, first_inputs
 from kvshare.data import rows_per_forward
 from kvshare.evaluation import Report, report_of, token_figures
-from kvshare.layerwise import passed
+from kvshare.passes import passed
 from kvshare.streaming import Skeleton, last_logits
 
 

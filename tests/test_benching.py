@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import kvshare
-from kvshare.benching import fit, memory_bytes
+from kvshare.benching import fit
 from kvshare.errors import UsageError
 from kvshare.loading import load_native
+from kvshare.sizes import bytes_of
 from kvshare.timing import Pass, Run, Spread, Timing, held_bytes, measure_pair, peak_above, spread
 
 CPU = torch.device("cpu")
@@ -73,10 +74,10 @@ def test_what_fits_is_arithmetic() -> None:
     assert (found.largest_batch, found.source_largest_batch) == (4, 2)
     assert (found.longest_context, found.source_longest_context) == (200, 100)
     assert fit(run, 900, 1_000, 1_000).largest_batch == 0
-    assert [memory_bytes(m) for m in ("8GB", "8GiB", "1.5 kB", 77)] == [8 * 10**9, 8 * 2**30, 1500, 77]
+    assert [bytes_of(m, "memory") for m in ("8GB", "8GiB", "1.5 kB", 77)] == [8 * 10**9, 8 * 2**30, 1500, 77]
     for bad in ("8 gigs", "", "-1GB", "0GB"):
         with pytest.raises(UsageError, match="for example: 8GB"):
-            memory_bytes(bad)
+            bytes_of(bad, "memory")
 
 
 @pytest.mark.parametrize("form", ["shared", "exact", "mixed"])
@@ -156,7 +157,7 @@ def test_a_result_appears_whole_or_not_at_all(
         ({"dtype": "int8"}, "dtype = 'int8'"),
         ({"device": "abacus"}, "no device 'abacus'"),
         ({"device": "cuda"}, "'cuda' cannot be used"),
-        ({"memory": "much"}, "memory 'much'"),
+        ({"memory": "much"}, "memory = 'much'"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(

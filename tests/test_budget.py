@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kvshare
+from kvshare.activations import first_inputs
 from kvshare.budget import budget_units, choose_budget, divisors, frontier, head_units, stored_heads
-from kvshare.calibrate import first_inputs
 from kvshare.errors import UsageError
 from kvshare.healing import distillation_loss
-from kvshare.layerwise import merge_alone, passed, source_pass
+from kvshare.layerwise import merge_alone
 from kvshare.loading import load_native
+from kvshare.passes import passed, source_pass
 from kvshare.planning import plan
 from kvshare.progress import silent
 from kvshare.recipe import Recipe, load_recipe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshare.calibrate import LayerCall
+from kvshare.activations import LayerCall
 from kvshare.families import family_of
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layerwise import read_weights

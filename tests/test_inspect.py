@@ -24,8 +24,8 @@ from test_merge import HIDDEN, WIDTH, key_gauge, moments, normal, random_layer, 
 from torch import Tensor
 
 import kvshare
+from kvshare.activations import first_inputs
 from kvshare.budget import head_units
-from kvshare.calibrate import first_inputs
 from kvshare.errors import UsageError
 from kvshare.evaluation import cache_numbers_per_token
 from kvshare.findings import Inspection, LayerFigures, LayerOption, listed, notes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvshare.calibrate import OutputSums
+from kvshare.activations import OutputSums
 from kvshare.merge import AttentionWeights, Grouping, Moments, readers, svd
 from kvshare.merge.mean import merge_mean
 from kvshare.merge.readers import GroupProblem, gauge_matrix, read, to_complex, to_real

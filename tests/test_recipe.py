@@ -62,7 +62,7 @@ def test_no_recipe_of_that_name() -> None:
     [
         ("int: svd", ("'int'", "did you mean 'init'")),
         ("heal: {token: 5}", ("'heal.token'", "did you mean 'tokens'")),
-        ("calibration: {lenght: 5}", ("'calibration.lenght'", "use one of: data, sequence_length, tokens")),
+        ("calibration: {lenght: 5}", ("'calibration.lenght'", "use one of: data, sequence_length, statistics, tokens")),
         ("merge: {refitt: true}", ("'merge.refitt'", "did you mean 'refit'")),
         ("fit: {step: 5}", ("did you mean 'steps'",)),
         ("evaluation: {date: self}", ("did you mean 'data'",)),

@@ -16,11 +16,11 @@ from conftest import QUICK, SOURCES, TINY_FOLDER, random_model
 from safetensors.torch import load_file, save_file
 
 import kvshare
-from kvshare.calibrate import first_inputs
+from kvshare.activations import first_inputs
 from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.families import family_of
-from kvshare.layerwise import passed
 from kvshare.loading import load_native
+from kvshare.passes import passed
 from kvshare.source import open_source
 from kvshare.streaming import Skeleton, last_logits, open_skeleton, read_layer
 

@@ -74,6 +74,13 @@ class AttentionWeights:
         tensors = {name: value for name, value in self.tensors.items() if name in ("k", "v", "k_bias", "v_bias")}
         return self.with_tensors({name: repeat_heads(value, self.head_dim, kv_heads) for name, value in tensors.items()})
 
+    def unrepeated(self, kv_heads: int) -> AttentionWeights:
+        """The inverse of `repeated`: the first of each run of equal heads, `kv_heads` in all."""
+        tensors = {name: value for name, value in self.tensors.items() if name in ("k", "v", "k_bias", "v_bias")}
+        size = self.kv_heads // kv_heads
+        firsts = {name: value.unflatten(0, (kv_heads, size, self.head_dim))[:, 0].flatten(0, 1) for name, value in tensors.items()}
+        return self.with_tensors(firsts)
+
 
 def repeat_heads(rows: Tensor, head_dim: int, kv_heads: int) -> Tensor:
     """Rows of KV heads (any * head_dim, ...) with each head repeated in a row, so that there are `kv_heads`."""

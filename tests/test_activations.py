@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import SOURCES
 
-from kvshare.calibrate import attending, enters, first_inputs, rotary_dim
+from kvshare.activations import attending, enters, first_inputs, rotary_dim
 from kvshare.families import family_of
-from kvshare.layerwise import attention_of, read_weights
+from kvshare.layerwise import read_weights
 from kvshare.loading import load_native
+from kvshare.passes import attention_of
 
 
 @pytest.mark.parametrize("key", SOURCES)

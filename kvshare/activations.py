@@ -1,23 +1,27 @@
 """What a layer sees: hidden states that travel from layer to layer, and how they are attended to.
 
 In: a loaded model and calibration tokens. Out: layer inputs, attention inputs and outputs, second moments of head outputs.
-Never: keeps the activations of more than one layer, changes a model.
+Never: keeps the activations of more than one layer, changes a model; large states lie in files without a name.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
+import mmap
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvshare.families import Family
-from kvshare.memory import BATCH_TOKENS
+from kvshare.memory import BATCH_TOKENS, IN_MEMORY
 from kvshare.moments import Attending
 
 
@@ -48,8 +52,25 @@ def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda 
             del layer.forward
 
 
+def room(shape: Sequence[int], scratch: Path | None = None) -> Tensor:
+    """An empty float32 tensor on the CPU.
+
+    Where it is large and there is a scratch folder, its data lies in a file there that has no name and goes with the tensor: the
+    system writes out what does not fit into memory.
+    """
+    numbers = math.prod(shape)
+    if scratch is None or 4 * numbers <= IN_MEMORY:
+        return torch.empty(tuple(shape))
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        file.truncate(4 * numbers)
+        mapped = mmap.mmap(file.fileno(), 4 * numbers)
+    return torch.frombuffer(mapped, dtype=torch.float32).view(tuple(shape))
+
+
 @torch.no_grad()
-def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.device) -> tuple[Tensor, list[LayerCall]]:
+def first_inputs(
+    model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.device, scratch: Path | None = None
+) -> tuple[Tensor, list[LayerCall]]:
     """The hidden states that enter the first layer, and how each layer is called. No layer computes anything.
 
     Args:
@@ -57,13 +78,14 @@ def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.
         layers: its decoder layers.
         rows: token ids (rows, length), no padding.
         device: where layers will run.
+        scratch: a folder for states that are large, see `room`.
 
     Returns:
         hidden states (rows, length, hidden) in float32 and one `LayerCall` per layer.
     """
     decoder, embedding = model.get_decoder(), model.get_input_embeddings()
     calls: list[LayerCall] = []
-    hidden: list[Tensor] = []
+    caught: list[Tensor] = []
 
     def record(module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         arguments = dict(zip(inspect.signature(type(module).forward).parameters, [module, *positional], strict=False)) | keywords
@@ -71,7 +93,7 @@ def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.
         calls.append(LayerCall(kept))
 
     def catch(_module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        hidden.append((positional[0] if positional else keywords["hidden_states"]).float().cpu())
+        caught.append((positional[0] if positional else keywords["hidden_states"]).float().cpu())
 
     def enter(ids: Tensor) -> None:
         # in float32 from here on, so that rope tables are exact whatever the embedding is stored in
@@ -79,10 +101,18 @@ def first_inputs(model: Any, layers: nn.ModuleList, rows: Tensor, device: torch.
 
     with bypassed(layers), _hooks([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]):
         enter(rows[:1])
+    hidden = None
     with bypassed(layers), _hooks([layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
+        done = 0
         for batch in batches(rows):
             enter(batch)
-    return torch.cat(hidden), calls
+            states = caught.pop()
+            if hidden is None:
+                hidden = room((*rows.shape, states.shape[-1]), scratch)
+            hidden[done : done + len(states)] = states
+            done += len(states)
+    assert hidden is not None
+    return hidden, calls
 
 
 @contextmanager

@@ -1,0 +1,262 @@
+"""The merged checkpoint in native form, layer by layer, going on where an earlier run of the same job broke off.
+
+In: a plan, calibration rows, the journal of the job. Out: a folder with weights and config, a report per merged layer, and
+the evaluation, where held-out text is to pass through the layers beside the merge. Never: holds more than one layer, heals,
+writes report, card or manifest.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvshare import __version__
+from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
+from kvshare.evaluation import Report
+from kvshare.journal import Journal
+from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
+from kvshare.layout import names, pack, unpack
+from kvshare.merge import AttentionWeights
+from kvshare.merge.mean import merge_mean
+from kvshare.planning import Plan
+from kvshare.progress import Progress
+from kvshare.quality import named_text
+from kvshare.recipe import made_by
+from kvshare.runtime import MODELING_FILE
+from kvshare.source import CARRIED_FILES, TensorSpec, read_header
+from kvshare.statistics import open_statistics, read_moments
+from kvshare.streaming import Skeleton, open_skeleton, read_layer
+from kvshare.streams import open_streams
+from kvshare.tensors import map_tensor, read_tensor
+
+COPIED, LAYER, SUM = "copied {}", "layer {}", "sha256 {}"  # entries: a file of the source, a merged layer, an output file
+
+
+def write_merged(
+    folder: Path,
+    plan: Plan,
+    rows: Tensor | None,
+    held_out: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> Report | None:
+    """Write the merged checkpoint, complete but for report, card and manifest; returns its evaluation, if it is by layers.
+
+    Args:
+        folder: made if it is not there; otherwise what the journal says is done in it is kept.
+        plan: the heads of every layer are chosen.
+        rows: calibration tokens (rows, length); None for an init that takes none.
+        held_out: tokens (rows, length) that pass through the layers; looked at where the recipe evaluates by layers.
+        device: where a layer is computed.
+        journal: gets each finished file and layer, a layer's `LayerReport` with it.
+        progress: called on the way.
+
+    Raises:
+        BadCheckpointError: NaN or infinity in what is read or made, or a file that ends too early.
+    """
+    folder.mkdir(exist_ok=True)
+    writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+    # copying and checksums wait for the disk, merging computes: they do not wait for each other
+    with _background() as copier, _background() as summer:
+        copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
+        report = _merge(folder, writer, plan, rows, held_out, device, journal, copies, progress)
+        sums: dict[str, Future[str]] = {}
+        for index, copy in enumerate(copies):
+            progress("copying weights", index, len(copies))
+            copy.result()
+            for file in sorted(writer.complete() - sums.keys()):
+                sums[file] = summer.submit(sha256, folder / file)
+        for file, value in sums.items():
+            journal.record(SUM.format(file), value.result())
+    writer.finish()
+    write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
+    for name in CARRIED_FILES:
+        if (plan.source.path / name).is_file():
+            shutil.copyfile(plan.source.path / name, folder / name)
+    shutil.copyfile(MODELING_FILE, folder / MODELING)
+    progress("copying weights", len(copies), len(copies))
+    return report
+
+
+@contextmanager
+def _background() -> Iterator[ThreadPoolExecutor]:
+    """A thread for work beside the merge; what has not begun when the merge fails is not begun any more."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _merge(
+    folder: Path,
+    writer: WeightWriter,
+    plan: Plan,
+    rows: Tensor | None,
+    held_out: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    copies: Sequence[Future[None]],
+    progress: Progress,
+) -> Report | None:
+    """Merge and write the layers, and evaluate, if it is by layers; for the arguments see `write_merged`."""
+    by_layers = plan.recipe.evaluation.mode == "layers"
+    skeleton = open_skeleton(plan.source, plan.family, folder.parent) if rows is not None or by_layers else None
+    streams = None
+    if by_layers:
+        assert skeleton is not None
+        assert held_out is not None
+        streams = open_streams(skeleton, held_out, device)
+    planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
+    for layer, merged in enumerate(_merged_layers(folder, plan, skeleton, rows, device, journal, progress)):
+        if streams is not None:
+            assert merged.source is not None
+            assert merged.module is not None
+            streams = streams.through(merged.source, merged.module)
+        if merged.weights is None:
+            continue
+        values = pack(merged.weights.repeated(plan.kv_heads), plan.family)
+        values = {stored: value for name, value in values.items() if (stored := plan.family.tensor(layer, name)) in planned}
+        if (entry := LAYER.format(layer)) in journal:
+            for name in values:
+                writer.keep(name)
+            continue
+        for name, value in values.items():
+            writer.put(name, value)
+        writer.sync(values)
+        for copy in copies:
+            if copy.done():
+                copy.result()  # a copy that failed ends the merge
+        journal.record(entry, None if merged.report is None else asdict(merged.report))
+    if streams is None:
+        return None
+    cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
+    return streams.report(named_text(plan.recipe.evaluation.data), *cache)
+
+
+def weight_sums(plan: Plan, journal: Journal) -> dict[str, str]:
+    """The SHA-256 of the weight files that `write_merged` made."""
+    return {file: journal.entries[SUM.format(file)] for file in plan.files}
+
+
+def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
+    """The reports of the merged layers, in their order; none of `mean` and `exact`."""
+    entries = [entry for layer in range(plan.layers) if journal.entries.get(entry := LAYER.format(layer)) is not None]
+    return tuple(journal.result(entry, LayerReport) for entry in entries)
+
+
+def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal) -> None:
+    """What does not change of one file of the source, byte for byte."""
+    names = [tensor.name for tensor in plan.tensors if tensor.action == "copy" and tensor.source.file == file]
+    done = COPIED.format(file) in journal
+    for name in names:
+        if done:
+            writer.keep(name)
+        else:
+            writer.copy(plan.source.tensors[name], plan.source.path)
+    if not done:
+        writer.sync(names)
+        journal.record(COPIED.format(file))
+
+
+def _merged_layers(
+    folder: Path,
+    plan: Plan,
+    skeleton: Skeleton | None,
+    rows: Tensor | None,
+    device: torch.device,
+    journal: Journal,
+    progress: Progress,
+) -> Iterator[MergedLayer]:
+    if plan.recipe.init == "exact":
+        return
+    assert plan.layer_heads is not None
+    written = {spec.name: spec for file in plan.files for spec in read_header(folder / file)}
+
+    def earlier(layer: int) -> AttentionWeights | None:
+        """The weights of a layer that is done, from the output."""
+        assert plan.layer_heads is not None
+        heads = plan.layer_heads[layer]
+        if LAYER.format(layer) not in journal or heads is None:
+            return None
+        return _stored_weights(folder, written, plan, layer).unrepeated(heads)
+
+    if rows is not None:
+        assert skeleton is not None
+
+        def finished(layer: int) -> MergedBefore | None:
+            weights = earlier(layer)
+            return None if weights is None else MergedBefore(weights, journal.result(LAYER.format(layer), LayerReport))
+
+        yield from merge_layers(skeleton, plan, rows, device, progress, finished)
+        return
+    taken = plan.recipe.calibration.statistics
+    statistics = None if taken is None else open_statistics(taken, plan)
+    for index in range(plan.layers):
+        progress("merging layers", index, plan.layers)
+        weights, report = earlier(index), None
+        if weights is None:
+            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
+            if taken is None or statistics is None:
+                weights = merge_mean(source, plan.kv_heads)
+            else:
+                source = replace(source, rotary_dim=statistics.rotary_dims[index])
+                moments = read_moments(taken, statistics, index)
+                weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+            weights = as_stored(weights, plan, index)
+        if skeleton is None:
+            yield MergedLayer(None, None, weights, report)
+            continue
+        layer = read_layer(skeleton, index, device)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, report)
+    progress("merging layers", plan.layers, plan.layers)
+
+
+def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int) -> AttentionWeights:
+    """The attention of one layer as it lies on the disk; what no merge touches is not read."""
+    changes = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
+    stored = {name: specs.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
+    tensors = {
+        name: (read_tensor if spec.name in changes else map_tensor)(folder, spec)
+        for name, spec in stored.items()
+        if spec is not None
+    }
+    return unpack(tensors, plan.family, plan.head_dim)
+
+
+def _auto_map(plan: Plan) -> dict[str, str]:
+    return {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{plan.config['architectures'][0]}"}
+
+
+def _block(plan: Plan) -> dict[str, Any]:
+    """The kvshare block of config.json: what was done to which model, enough to do it again."""
+    import transformers
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "form": "exact" if plan.recipe.init == "exact" else "shared",
+        "version": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **_shared_layers(plan),
+        "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
+        "recipe": made_by(plan.recipe),
+        "seed": plan.recipe.seed,
+        "healed_tokens": 0,
+    }
+
+
+def _shared_layers(plan: Plan) -> dict[str, list[int]]:
+    """Which layers share K and V, and how many heads each of them has; the weights may hold a head several times."""
+    assert plan.layer_heads is not None
+    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
+    return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}

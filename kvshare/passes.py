@@ -1,0 +1,88 @@
+"""Hidden states through a decoder layer, batch by batch.
+
+In: a decoder layer, hidden states on the CPU, how the layer is called. Out: hidden states behind it, outputs of its attention.
+Never: holds more than a batch on the device, changes a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvshare.activations import LayerCall, batches, run_layer
+from kvshare.families import Family
+
+
+def attention_of(layer: nn.Module, family: Family) -> nn.Module:
+    """The attention module of a decoder layer."""
+    return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
+
+
+def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:
+    """The hidden states behind a layer, (rows, length, hidden) in and out, on the CPU; computed on `device` batch by batch."""
+    return torch.cat([run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)])
+
+
+def advance(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> None:
+    """As `passed`, in place."""
+    for batch in batches(hidden):
+        batch.copy_(run_layer(layer, batch.to(device), call))
+
+
+def attend_and_advance(
+    layer: nn.Module,
+    family: Family,
+    hidden: Tensor,
+    wanted: Tensor,
+    call: LayerCall,
+    device: torch.device,
+    other: Tensor | None = None,
+) -> None:
+    """Take hidden states behind a layer, in place, and keep what its attention gave on the way.
+
+    Args:
+        layer: of the source, on `device`.
+        family: of the layer.
+        hidden: hidden states (rows, length, hidden) on the CPU.
+        wanted: gets the attention outputs, same shape; where there is another stream, with what that one has drifted from this
+            one added, so that it is corrected there.
+        call: how the layer is called.
+        device: where it computes.
+        other: hidden states of the other stream, same shape.
+    """
+    outputs: list[Tensor] = []
+    with _keeping(attention_of(layer, family), outputs):
+        others = [None] * len(hidden) if other is None else list(batches(other))
+        for batch, given, drifted in zip(batches(hidden), batches(wanted), others, strict=False):
+            behind = run_layer(layer, batch.to(device), call)
+            given.copy_(outputs.pop())
+            if drifted is not None:
+                given += batch - drifted
+            batch.copy_(behind)
+
+
+def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
+    outputs: list[Tensor] = []
+
+    with _keeping(attention_of(layer, family), outputs):
+        behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
+    return torch.cat(outputs), torch.cat(behind)
+
+
+@contextmanager
+def _keeping(attention: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Append to `outputs`, on the CPU, what an attention module gives."""
+
+    def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
+        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
+
+    handle = attention.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()

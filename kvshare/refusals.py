@@ -1,0 +1,77 @@
+"""Models that are refused from their config and headers alone.
+
+In: a `Source`. Out: its family, or the error that says why it cannot be converted. Never: reads weights.
+"""
+
+from __future__ import annotations
+
+from kvshare.errors import UnsupportedModelError, UsageError
+from kvshare.families import Family, family_of
+from kvshare.source import Source
+
+
+def convertible_family(source: Source) -> Family:
+    """The family of a model that can be converted.
+
+    Raises:
+        UnsupportedModelError: an unknown `model_type`, quantised weights, a checkpoint that is converted already, or no causal
+            language model.
+    """
+    config = source.config
+    if "kvshare" in config:
+        raise UnsupportedModelError(
+            f"{source.name} is a kvshare checkpoint already",
+            "its cache is half as large already",
+            "convert the model it came from, with the settings you want",
+        )
+    family = family_of(source.model_type).located(source.tensors)
+    if config.get("quantization_config") is not None:
+        raise UnsupportedModelError(
+            f"{source.name} is quantised",
+            "the merge needs the projections as floating-point numbers",
+            "convert the unquantised model and quantise the result",
+        )
+    for name, value in family.only.items():
+        if config.get(name, value) != value:
+            raise UnsupportedModelError(
+                f"{source.name} has {name} = {config[name]!r}",
+                f"of {family.model_type}, kvshare knows the models with {value!r}",
+                "choose another model",
+            )
+    architecture = config.get("architectures")
+    endings = ("ForCausalLM", "LMHeadModel")
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith(endings)):
+        raise UnsupportedModelError(
+            f"{source.name} is not a causal language model",
+            f"config.json names the architectures {architecture!r}",
+            f"give a model whose architecture ends in {' or '.join(endings)}",
+        )
+    return family
+
+
+def require_exact(source: Source, family: Family, heads: int, source_heads: int, head_dim: int, hidden: int) -> None:
+    """Refuse what has no exact form.
+
+    Raises:
+        UnsupportedModelError: W_K is not square, or part of a fused tensor.
+        UsageError: heads are to be merged.
+    """
+    if family.fused:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"a {family.model_type} model keeps K and V in one tensor, which the exact form does not read apart",
+            "use init svd, or learned",
+        )
+    if source_heads * head_dim != hidden:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"its keys have {source_heads} x {head_dim} = {source_heads * head_dim} numbers per token and hidden states {hidden}: "
+            "values are a function of keys where these are equal",
+            "use init svd, or learned",
+        )
+    if heads != source_heads:
+        raise UsageError(
+            f"init exact cannot make {heads} KV heads of {source_heads}",
+            "it keeps every head as it is; merging heads loses something",
+            "leave kv_heads out, or use init svd",
+        )
