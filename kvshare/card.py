@@ -15,7 +15,8 @@ import yaml
 from kvshare.card_plot import PLOT, draw_plot
 from kvshare.families import family_of
 from kvshare.mixture import ENDINGS, named, parts_of
-from kvshare.recipe import CALIBRATED, Evaluation, Recipe
+from kvshare.recipe import CALIBRATED, Recipe
+from kvshare.sections import Evaluation
 from kvshare.source import Source
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")

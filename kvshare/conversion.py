@@ -47,7 +47,7 @@ from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
 from kvshare.statistics import open_statistics
-from kvshare.training import HealResult
+from kvshare.training import HealResult, check_healing
 from kvshare.verification import verify_form
 
 # the stages, as the journal names them
@@ -185,6 +185,8 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     check_space(target, plan.disk_bytes)
     if plan.recipe.calibration.statistics is not None:
         open_statistics(plan.recipe.calibration.statistics, plan)
+    if plan.recipe.heal.enabled:
+        check_healing(plan.recipe.heal, plan.family)
     tokenizer = load_tokenizer(plan.source.path)
     for data in data_used(plan.recipe):
         check_data(data)

@@ -25,7 +25,8 @@ from torch import Tensor
 from kvshare.errors import UsageError
 from kvshare.mixture import ENDINGS, parts_of, turns, uses_self
 from kvshare.progress import Progress, silent
-from kvshare.recipe import SELF, Recipe
+from kvshare.recipe import Recipe
+from kvshare.sections import SELF
 
 if TYPE_CHECKING:
     from datasets import IterableDataset

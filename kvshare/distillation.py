@@ -20,7 +20,8 @@ from kvshare import processes
 from kvshare.errors import TrainingError
 from kvshare.losses import loss_terms, weighted
 from kvshare.progress import Progress
-from kvshare.recipe import Heal
+from kvshare.sections import Heal
+from kvshare.targets import Targets
 
 COMPLETE = "complete"  # the file that says of a state that all of it was written
 WINDOW = 10  # steps whose mean loss is held against that of the first one
@@ -49,6 +50,7 @@ def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_st
     renamed = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     on_gpu = torch.cuda.is_available()
+    bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
     return transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=schedule.micro,
@@ -64,12 +66,14 @@ def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_st
         save_steps=save_steps,
         save_total_limit=2,
         save_strategy="steps",
-        report_to=[],
+        report_to=list(settings.report_to),
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,
         ddp_find_unused_parameters=False,
-        bf16=on_gpu,
+        bf16=bfloat16,
+        use_cpu=bfloat16 and not on_gpu,
+        torch_compile=settings.compile,
         remove_unused_columns=False,
         label_names=[],
         dataloader_pin_memory=on_gpu,
@@ -79,11 +83,16 @@ def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_st
 
 
 def make_optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: float) -> torch.optim.Optimizer:
-    """AdamW with a lower rate for the shared projections: values read small parts of them, amplified many times."""
-    trainable = [(name, value) for name, value in adapted.named_parameters() if value.requires_grad]
-    shared = [value for name, value in trainable if f".{shared_name}." in name]
-    others = [value for name, value in trainable if f".{shared_name}." not in name]
-    groups = [{"params": others, "lr": rate}, {"params": shared, "lr": rate * shared_rate}]
+    """AdamW with a lower rate for matrices that are trained in full and for the shared projections: values read small parts of
+    these, amplified many times.
+    """
+    slow: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, value in adapted.named_parameters():
+        if value.requires_grad:
+            whole = ".modules_to_save." in name and value.dim() > 1
+            (slow if whole or f".{shared_name}." in name else others).append(value)
+    groups = [{"params": others, "lr": rate}, {"params": slow, "lr": rate * shared_rate}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -100,7 +109,8 @@ def make_trainer(
 ) -> Any:
     """A transformers Trainer of `adapted` on `rows`, token ids (rows, length), in their order.
 
-    Its log holds the mean of each term of the loss under the term's name.
+    The teacher is the source model, or what it said of the rows. Weights that both models have alike are held once. The log holds
+    the mean of each term of the loss under the term's name.
 
     Args:
         layers: the attention modules of student and teacher that correspond.
@@ -116,7 +126,8 @@ def make_trainer(
         loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            terms = loss_terms(model, teacher, inputs["input_ids"], settings, layers)
+            with self.accelerator.autocast():
+                terms = loss_terms(model, teacher, inputs, settings, layers)
             loss = weighted(terms, settings)
             on_loss(loss)
             for name, value in terms.items():
@@ -135,14 +146,28 @@ def make_trainer(
             return len(rows)
 
         def __getitem__(self, index: int) -> dict[str, Tensor]:
-            return {"input_ids": rows[index]}
+            if not isinstance(teacher, Targets):
+                return {"input_ids": rows[index]}
+            said = {"tokens": teacher.tokens[index], "log_probabilities": teacher.log_probabilities[index]}
+            return {"input_ids": rows[index], **said}
 
     trainer = Distiller(
         model=adapted, args=arguments, train_dataset=Rows(), callbacks=list(callbacks), optimizers=(optimizer, None)
     )
     trainer.remove_callback(PrinterCallback)
-    teacher.to(trainer.args.device)
+    if not isinstance(teacher, Targets):
+        teacher.to(trainer.args.device)
+        hold_once(adapted.get_base_model(), teacher)
     return trainer
+
+
+def hold_once(student: nn.Module, teacher: nn.Module) -> None:
+    """Let frozen weights of the student that are the teacher's, and have its name, lie where the teacher's lie."""
+    teachers = dict(teacher.named_parameters())
+    for name, value in student.named_parameters():
+        same = teachers.get(name.replace(".base_layer.", "."))
+        if same is not None and not value.requires_grad and value.dtype == same.dtype and torch.equal(value, same):
+            value.data = same.data
 
 
 def make_watch(state: Path, divergence_factor: float, progress: Progress) -> Any:

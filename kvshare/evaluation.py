@@ -23,7 +23,8 @@ from kvshare.positions import PositionFigures, by_position
 from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
 from kvshare.quantised import quantised_bytes, through_quantised_cache
-from kvshare.recipe import Evaluation, Probes, load_recipe, settings_of
+from kvshare.recipe import Probes, load_recipe, settings_of
+from kvshare.sections import Evaluation
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
 from kvshare.tensors import DTYPES
 from kvshare.verification import read_block

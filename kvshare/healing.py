@@ -49,7 +49,7 @@ from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
-from kvshare.training import HealResult, train
+from kvshare.training import HealResult, check_healing, train
 from kvshare.verification import read_block, verify
 
 COMMAND, HEALED = "heal", "healed"  # the job's command, and the entry of what training did, as the journal names them
@@ -114,6 +114,7 @@ def heal(
     earlier = read_journal(work / JOURNAL)
     published = resume and is_published(target, earlier)
     teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite or published)
+    check_healing(settings.heal, family_of(teacher_source.model_type))
     job = _job(folder, teacher_source, settings)
     _check_earlier(earlier, job, work, resume)
     progress = progress if first else silent

@@ -38,7 +38,8 @@ from kvshare.moments import MomentSums, Weighting, fits_apart
 from kvshare.passes import advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
 from kvshare.progress import Progress
-from kvshare.recipe import Merge, Recipe
+from kvshare.recipe import Recipe
+from kvshare.sections import Merge
 from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshare.errors import UsageError
-from kvshare.recipe import SELF
+from kvshare.sections import SELF
 
 ENDINGS = (".txt", ".jsonl", ".parquet")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kvshare import processes
 from kvshare.distillation import LOWER, Layers, Schedule, finite_gradients, make_trainer, training_arguments
 from kvshare.errors import KVShareError, TrainingError
-from kvshare.recipe import Heal
+from kvshare.sections import Heal
 
 START, FORWARD, BACKWARD, STEP = "setting up the training", "the forward pass", "the backward pass", "the optimizer's step"
 SAVE, LOAD = "saving the training state", "reading the saved training state"
@@ -82,13 +82,13 @@ def preflight(
             nonlocal stage
             stage = SAVE
 
-    before = _trainable(adapted)
+    before, unreported = _trainable(adapted), settings.model_copy(update={"report_to": ()})
     once = Schedule(schedule.micro, 1, 1, schedule.rate, "constant")
     try:
         trainer = make_trainer(
             adapted,
             teacher,
-            training_arguments(folder, once, settings, 1, seed),
+            training_arguments(folder, once, unreported, 1, seed),
             optimizer(),
             rows[: schedule.micro * processes.count()],
             settings,

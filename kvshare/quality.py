@@ -17,7 +17,7 @@ from kvshare.evaluation import Report, compare, forward_of, stored_bytes
 from kvshare.loading import load
 from kvshare.mixture import named
 from kvshare.progress import Progress
-from kvshare.recipe import SELF, Evaluation
+from kvshare.sections import SELF, Evaluation
 
 
 def named_text(data: str) -> str:

@@ -31,7 +31,8 @@ from kvshare.moments import moment_numbers
 from kvshare.passes import advance
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import SELF, Recipe, load_recipe
+from kvshare.recipe import Recipe, load_recipe
+from kvshare.sections import SELF
 from kvshare.source import open_source, read_header, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import read_tensor

@@ -15,8 +15,8 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
-    ["recipe", "families", "source", "budget", "repeats", "processes"],
-    ["mixture"],
+    ["sections", "families", "source", "budget", "repeats", "processes"],
+    ["recipe", "mixture"],
     ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination"],
     ["planning", "merge", "data"],
     ["moments", "layout"],
@@ -34,7 +34,7 @@ LAYERS = [
     ["benching", "streams", "quality"],
     ["card_plot"],
     ["card", "publishing"],
-    ["losses"],
+    ["losses", "targets"],
     ["distillation"],
     ["preflight"],
     ["training"],

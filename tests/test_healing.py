@@ -27,7 +27,8 @@ from kvshare.errors import QualityError, TrainingError, UsageError
 from kvshare.families import PARTS, family_of
 from kvshare.losses import distillation_loss
 from kvshare.preflight import preflight
-from kvshare.recipe import Heal, Recipe
+from kvshare.recipe import Recipe
+from kvshare.sections import Heal
 from kvshare.training import batch_rows
 
 

@@ -19,7 +19,7 @@ from kvshare.losses import (
     term_weights,
     weighted,
 )
-from kvshare.recipe import Heal
+from kvshare.sections import Heal
 
 VOCABULARY, WIDTH = 11, 6
 IDS = torch.randint(VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
@@ -86,7 +86,9 @@ def test_the_error_of_attention_is_relative() -> None:
 @pytest.mark.parametrize("term", ["kl", "cross_entropy", "attention"])
 def test_gradients_reach_the_student_alone(term: str) -> None:
     student, teacher = Model(0), Model(1)
-    terms = loss_terms(student, teacher, IDS, heal(cross_entropy=1.0, attention_matching=1.0), pairs(student, teacher))
+    terms = loss_terms(
+        student, teacher, {"input_ids": IDS}, heal(cross_entropy=1.0, attention_matching=1.0), pairs(student, teacher)
+    )
     terms[term].backward()
     assert all(value.grad is None for value in teacher.parameters())
     for attention in student.attention:
@@ -96,7 +98,7 @@ def test_gradients_reach_the_student_alone(term: str) -> None:
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
     student, teacher = Model(3), Model(3)
-    terms = loss_terms(student, teacher, IDS, heal(attention_matching=2.0), pairs(student, teacher))
+    terms = loss_terms(student, teacher, {"input_ids": IDS}, heal(attention_matching=2.0), pairs(student, teacher))
     assert list(terms) == ["kl", "attention"]
     loss = weighted(terms, heal(attention_matching=2.0))
     loss.backward()
@@ -119,9 +121,9 @@ def test_a_weight_of_0_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = Model(0), Model(1)
     for attention in (*student.attention, *teacher.attention):
         monkeypatch.setattr(attention, "register_forward_hook", never)
-    assert list(loss_terms(student, teacher, IDS, heal(), pairs(student, teacher))) == ["kl"]
+    assert list(loss_terms(student, teacher, {"input_ids": IDS}, heal(), pairs(student, teacher))) == ["kl"]
     with pytest.raises(AssertionError, match="does not count"):
-        loss_terms(student, teacher, IDS, heal(cross_entropy=0.1), pairs(student, teacher))
+        loss_terms(student, teacher, {"input_ids": IDS}, heal(cross_entropy=0.1), pairs(student, teacher))
 
 
 def test_outputs_are_taken_within_only() -> None:

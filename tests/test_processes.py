@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,18 +20,38 @@ from safetensors.torch import load_file
 import kvshare
 from kvshare import processes
 from kvshare.checkpoint import work_folder
+from kvshare.distillation import newest_state
 from kvshare.errors import UsageError
-from kvshare.recipe import Heal
-from kvshare.training import batch_rows
+from kvshare.sections import Heal
+from kvshare.training import HealResult, batch_rows
 
 CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
 
 
-def test_two_processes_heal_as_one_does(
-    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
-) -> None:
-    folder, source, recipe = converted_folder("llama-gqa", 2), source_folder("llama-gqa"), tmp_path / "recipe.yaml"
+@dataclass(frozen=True)
+class Job:
+    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it."""
+
+    words: list[str]
+    folder: Path
+    alone: HealResult
+    one: Path
+    two: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def job(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    text_file: str,
+) -> Job:
+    """The same healing by one process and by two that accelerate has launched."""
+    root = tmp_path_factory.mktemp("processes")
+    folder, source, recipe = converted_folder("llama-gqa", 2), source_folder("llama-gqa"), root / "recipe.yaml"
     recipe.write_text(
         yaml.safe_dump(
             {
@@ -38,27 +60,67 @@ def test_two_processes_heal_as_one_does(
             }
         )
     )
-    alone = kvshare.heal(folder, tmp_path / "one", source, f"{text_file}=1,self=1", recipe=recipe)
-    script, output = tmp_path / "heal.py", tmp_path / "two"
+    alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
+    script = root / "heal.py"
     script.write_text(HEAL)
-    words = [folder, "-o", output, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe, "--json"]
+    words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*map(str, launch), str(script), "heal", *map(str, words)], env=environment, capture_output=True, text=True, check=False
+        [*map(str, launch), str(script), *words, "-o", str(root / "two"), "--json"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # one process prints
-    assert [loss for _, loss in result["losses"]] == pytest.approx([loss for _, loss in alone.losses], rel=1e-5)
-    assert result["terms"]["kl"] == pytest.approx(alone.terms["kl"], rel=1e-5)
-    kvshare.verify(output)
-    before, first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "one", output))
+    return Job(words, folder, alone, root / "one", root / "two", done.stdout)
+
+
+def test_two_processes_heal_as_one_does(job: Job) -> None:
+    result = json.loads(job.printed)  # one process prints
+    assert [loss for _, loss in result["losses"]] == pytest.approx([loss for _, loss in job.alone.losses], rel=1e-5)
+    assert result["terms"]["kl"] == pytest.approx(job.alone.terms["kl"], rel=1e-5)
+    kvshare.verify(job.two)
+    before, first, second = (load_file(path / "model.safetensors") for path in (job.folder, job.one, job.two))
     moved = max(float((before[name] - first[name]).abs().max()) for name in before)
     assert moved > 1e-4
     for name in first:
         assert (first[name] - second[name]).abs().max() < 1e-3 * moved, name
+    assert not work_folder(job.two).exists()
+    assert {file.name for file in job.two.iterdir()} == {file.name for file in job.one.iterdir()}
+
+
+def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def start(*more: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        together = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = [sys.executable, "-c", HEAL, *job.words, "-o", str(output), *more]
+        return [
+            subprocess.Popen(
+                words, env={**together, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL, stderr=pipe, text=True
+            )
+            for rank, pipe in (("0", subprocess.PIPE), ("1", subprocess.DEVNULL))
+        ]
+
+    first, second = start()
+    assert first.stderr is not None
+    with first.stderr as stream:
+        assert any(line.startswith("healing: 3/4") for line in stream)
+    for process in (first, second):
+        process.kill()
+        process.wait()
+    assert not output.exists()
+    assert newest_state(work_folder(output) / "training") is not None
+    first, second = start("--resume")
+    _, said = first.communicate()
+    assert (first.returncode, second.wait()) == (0, 0), said
+    assert (output / "model.safetensors").read_bytes() == (job.two / "model.safetensors").read_bytes()
+    assert (output / "report.json").read_bytes() == (job.two / "report.json").read_bytes()
     assert not work_folder(output).exists()
-    assert {file.name for file in output.iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
 
 
 def test_the_launcher_reads_its_configuration() -> None:
