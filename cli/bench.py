@@ -27,18 +27,31 @@ def run(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A new folder for bench.json and bench.png.")] = None,
     overwrite: options.Overwrite = False,
     seed: Annotated[int | None, typer.Option(help="Of the prompts' random tokens.")] = None,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Time prefill and decoding in turns with the source, and measure cache bytes and peak memory."""
     from kvshare import bench
+    from kvshare.benching import check_benchmark
+    from kvshare.recipe import Bench, settings_of
 
+    tokens, sizes = options.integers("--contexts", contexts), options.integers("--batch-sizes", batch_sizes)
+    if dry_run:
+        settings = settings_of(Bench, contexts=tokens, batch_sizes=sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
+        asked = check_benchmark(settings, checkpoint, against, dtype, device, memory, output, overwrite)
+        if as_json:
+            print_json({"output": None if output is None else str(output), "device": str(asked.device)} | settings.model_dump())
+            return
+        pairs = ", ".join(f"{size} x {context}" for size in settings.batch_sizes for context in settings.contexts)
+        print(f"nothing was written; {settings.repeats} pairs each of {pairs} tokens would be timed on {asked.device}")
+        return
     with shown_progress(quiet) as progress:
         result = bench(
             checkpoint,
             against,
-            contexts=options.integers("--contexts", contexts),
-            batch_sizes=options.integers("--batch-sizes", batch_sizes),
+            contexts=tokens,
+            batch_sizes=sizes,
             repeats=repeats,
             new_tokens=new_tokens,
             dtype=dtype,

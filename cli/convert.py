@@ -36,6 +36,7 @@ def run(
     """Merge K and V, heal, measure, and write an ordinary checkpoint. The same command goes on where it was interrupted."""
     from kvshare import convert, plan
     from kvshare.conversion import check_conversion
+    from kvshare.duration import estimate_seconds
 
     if dry_run:
         planned = plan(
@@ -58,10 +59,11 @@ def run(
             max_shard_size=max_shard_size,
         )
         check_conversion(planned, output, overwrite)
+        values = planned.to_dict() | {"seconds": estimate_seconds(planned), "output": str(output)}
         if as_json:
-            print_json(planned.to_dict() | {"output": str(output)})
+            print_json(values)
             return
-        print_plan(planned.to_dict())
+        print_plan(values)
         print(f"nothing was written; without --dry-run, {output} would be")
         return
     try:

@@ -16,12 +16,23 @@ def run(
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how low the rank of K and V is, layer by layer, and what sharing would drop: a page, JSON and plots."""
     from kvshare import inspect
+    from kvshare.inspection import check_inspection, inspection_plan
 
+    if dry_run:
+        planned = inspection_plan(model, data, tokens, seed)
+        check_inspection(planned, output, overwrite)
+        settings = planned.recipe.calibration
+        if as_json:
+            print_json({"output": str(output), "layers": planned.layers, "data": settings.data, "tokens": settings.tokens})
+            return
+        print(f"nothing was written; {output} would show {planned.layers} layers on {settings.tokens:,} tokens of {settings.data}")
+        return
     with shown_progress(quiet) as progress:
         result = inspect(model, output, data=data, tokens=tokens, seed=seed, overwrite=overwrite, progress=progress)
     if as_json:

@@ -29,6 +29,7 @@ def run(
 ) -> None:
     """Show what a conversion would do: tensors, cache, disk, memory and time. Reads headers, no weights."""
     from kvshare import plan
+    from kvshare.duration import estimate_seconds
 
     result = plan(
         model,
@@ -49,7 +50,8 @@ def run(
         seed=seed,
         max_shard_size=max_shard_size,
     )
+    values = result.to_dict() | {"seconds": estimate_seconds(result)}
     if as_json:
-        print_json(result.to_dict())
+        print_json(values)
         return
-    print_plan(result.to_dict())
+    print_plan(values)

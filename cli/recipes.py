@@ -32,11 +32,19 @@ def show_recipe(name: Name, quiet: options.Quiet = False) -> None:
 
 
 @app.command("copy")
-def copy_recipe(name: Name, file: Annotated[Path, typer.Argument(help="A new file.")], quiet: options.Quiet = False) -> None:
+def copy_recipe(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="A new file.")],
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+) -> None:
     """Copy a recipe to a file, to change it there."""
     from kvshare.recipe import recipe_text
 
     text = recipe_text(name)
     if file.exists():
         raise UsageError(f"the file {file} exists", "nothing is ever overwritten unless asked", "choose another name")
+    if dry_run:
+        print(f"nothing was written; {file} would be the recipe {name}")
+        return
     file.write_text(text, encoding="utf-8")

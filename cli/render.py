@@ -41,7 +41,8 @@ def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...
     for row in rows:
         table.add_row(*row)
     # a file has no width: nothing in it is broken up or cut short to fit one
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+    # and names are shown as they are, brackets and all
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False, emoji=False).print(table)
 
 
 def warn_of_contamination(found: Contamination | None) -> None:
@@ -186,8 +187,22 @@ def print_plan(values: dict[str, Any]) -> None:
             ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
             ("disk needed", "", size(values["disk_bytes"])),
             ("memory needed, about", "", size(values["memory_bytes"])),
+            ("time on this machine, about", "", _stages(values["seconds"])),
         ],
         ("", "source", "converted"),
     )
     for reason in values["reasons"]:
         print(f"- {reason}")
+
+
+def _stages(seconds: dict[str, float]) -> str:
+    """Seconds by stage as their sum and the longest stage."""
+    longest = max(seconds, key=lambda stage: seconds[stage])
+    return f"{_rounded(sum(seconds.values()))}, {longest} {_rounded(seconds[longest])}"
+
+
+def _rounded(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

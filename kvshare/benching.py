@@ -23,7 +23,7 @@ from kvshare.loading import load, load_native
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Bench, settings_of
 from kvshare.sizes import bytes_of
-from kvshare.source import open_source
+from kvshare.source import Source, open_source
 from kvshare.tensors import DTYPES
 from kvshare.timing import Run, held_bytes, measure_pair
 from kvshare.verification import read_block
@@ -112,18 +112,11 @@ def bench(
         BadCheckpointError: not a kvshare checkpoint.
     """
     settings = settings_of(Bench, contexts=contexts, batch_sizes=batch_sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
-    folder = Path(checkpoint)
-    form = read_block(folder)["form"]
-    budget = None if memory is None else bytes_of(memory, "memory")
-    weights = _dtype(dtype) if dtype is not None else DTYPES[stored_dtype(folder)]
-    place = _device(device)
-    source = open_source(against)
-    if output is not None:
-        check_plots()
-        _check_folder(Path(output), (folder, source.path), overwrite)
+    folder, target = Path(checkpoint), None if output is None else Path(output)
+    asked = check_benchmark(settings, folder, against, dtype, device, memory, target, overwrite)
+    source, weights, place, budget = asked.source, asked.dtype, asked.device, asked.memory
     model = load(folder, dtype=weights).to(place)
     native = load_native(source.path, dtype=weights).to(place)
-    _check_fitting(settings, model, native, folder, source.name)
     pairs = [(batch, context) for batch in settings.batch_sizes for context in settings.contexts]
     runs = []
     for done, (batch, context) in enumerate(pairs):
@@ -139,7 +132,7 @@ def bench(
     result = Benchmark(
         str(checkpoint),
         source.name,
-        form,
+        asked.form,
         _named(place),
         str(weights).removeprefix("torch."),
         torch.get_num_threads(),
@@ -154,9 +147,43 @@ def bench(
         () if budget is None else tuple(fit(run, budget, held, source_held) for run in runs),
         not_measured(place, budget is not None),
     )
-    if output is not None:
-        write_benchmark(result, Path(output))
+    if target is not None:
+        write_benchmark(result, target)
     return result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a benchmark will run: the source, the checkpoint's form, dtype and device of both, bytes of memory to fit into."""
+
+    source: Source
+    form: str
+    dtype: torch.dtype
+    device: torch.device
+    memory: int | None
+
+
+def check_benchmark(
+    settings: Bench,
+    checkpoint: Path,
+    against: str | Path,
+    dtype: str | None,
+    device: str | None,
+    memory: str | int | None,
+    output: Path | None,
+    overwrite: bool,
+) -> Asked:
+    """Everything that can be refused before weights are loaded; for the arguments and errors see `bench`."""
+    form = read_block(checkpoint)["form"]
+    budget = None if memory is None else bytes_of(memory, "memory")
+    weights = _dtype(dtype) if dtype is not None else DTYPES[stored_dtype(checkpoint)]
+    place = _device(device)
+    source = open_source(against)
+    if output is not None:
+        check_plots()
+        _check_folder(output, (checkpoint, source.path), overwrite)
+    _check_fitting(settings, checkpoint, source)
+    return Asked(source, form, weights, place, budget)
 
 
 def fit(run: Run, memory: int, weight_bytes: int, source_weight_bytes: int) -> Fit:
@@ -222,14 +249,19 @@ def _check_folder(output: Path, read: tuple[Path, Path], overwrite: bool) -> Non
         )
 
 
-def _check_fitting(settings: Bench, model: Any, source: Any, folder: Path, name: str) -> None:
-    if model.config.vocab_size != source.config.vocab_size:
+def _check_fitting(settings: Bench, folder: Path, origin: Source) -> None:
+    from transformers import AutoConfig
+
+    model, source = (
+        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True) for path in (folder, origin.path)
+    )
+    if model.vocab_size != source.vocab_size:
         raise UsageError(
-            f"{folder} and {name} cannot be compared",
+            f"{folder} and {origin.name} cannot be compared",
             "their vocabularies differ",
             "give the model that the checkpoint was converted from",
         )
-    longest = getattr(source.config, "max_position_embeddings", None)
+    longest = getattr(source, "max_position_embeddings", None)
     needed = max(settings.contexts) + settings.new_tokens
     if longest is not None and needed > longest:
         raise UsageError(

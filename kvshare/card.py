@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
-from kvshare.card_plot import PLOT, draw_plot
+from kvshare.card_plot import BY_LAYER, PLOT, draw_plot
+from kvshare.errors import BadCheckpointError
 from kvshare.families import family_of
 from kvshare.mixture import ENDINGS, named, parts_of
+from kvshare.parsing import is_file, parse_yaml, read_bytes
 from kvshare.recipe import CALIBRATED, Recipe
 from kvshare.sections import Evaluation
-from kvshare.source import Source
+from kvshare.source import Source, read_json
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 # The Hub knows adapter, merge, quantized and finetune. These are complete weights of one model in their own precision, changed by
@@ -28,14 +30,10 @@ RELATION = "finetune"
 
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML front matter of a model card; empty where there is none or it cannot be read."""
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---"):
-        return {}
     try:
-        values = yaml.safe_load(text[3:].partition("\n---")[0])
-    except yaml.YAMLError:
+        text = read_bytes(card).decode("utf-8", errors="replace")
+        values = parse_yaml(text[3:].partition("\n---")[0].encode()) if text.startswith("---") else None
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -63,7 +61,7 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
     if heals is None and recipe.init in CALIBRATED:
         used.append(recipe.calibration.data)
     known = matter.get("datasets") or []
-    names = [known] if isinstance(known, str) else list(known)
+    names = list(known) if isinstance(known, list | tuple) else [known]
     for data in [part.data for mixture in used for part in parts_of(mixture)]:
         # org/name[/config][:split]; a file has an ending, and the source's own text is no data set
         if "/" in data and not data.endswith(ENDINGS):
@@ -72,10 +70,31 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
     return matter | ({"datasets": names} if names else {})
 
 
+def carried_report(checkpoint: Path) -> dict[str, Any]:
+    """What of a checkpoint's report stays true when its weights change: figures measured on others would be a lie.
+
+    Raises:
+        BadCheckpointError: there is a report, and it does not list figures by layer as kvshare does.
+    """
+    file = checkpoint / "report.json"
+    if not is_file(file):
+        return {}
+    report = read_json(file)
+    layers = report.get("layers", []) if isinstance(report, dict) else None
+    if not isinstance(layers, list) or not all(
+        isinstance(layer, dict)
+        and type(layer.get("layer")) is int
+        and all(isinstance(layer.get(key), int | float | None) for key in BY_LAYER)
+        for layer in layers
+    ):
+        raise BadCheckpointError(f"{file} cannot be used", "it does not list figures by layer", "convert the model again")
+    return {"layers": layers} if "layers" in report else {}
+
+
 def card_files(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any]) -> dict[str, bytes | None]:
     """The card and its figure by file name; None for a figure that there is nothing to draw in. Arguments as of `write_card`."""
     plot = draw_plot(report)
-    return {PLOT: plot, "README.md": write_card(config, matter, report, None if plot is None else PLOT).encode()}
+    return {PLOT: plot, "README.md": write_card(config, matter, report, None if plot is None else PLOT).encode(errors="replace")}
 
 
 def write_card(config: dict[str, Any], matter: dict[str, Any], report: dict[str, Any], plot: str | None = None) -> str:

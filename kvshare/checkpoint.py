@@ -104,7 +104,7 @@ class WeightWriter:
         Raises:
             BadCheckpointError: NaN or infinity, before or after the cast.
         """
-        tensor = self.pending.pop(name)
+        tensor = self.pending[name]
         cast = value.detach().cpu().to(DTYPES[tensor.dtype]).contiguous()
         if tuple(cast.shape) != tensor.shape:
             raise ValueError(f"{name} has the shape {tuple(cast.shape)}, and {tensor.shape} was planned")
@@ -117,6 +117,7 @@ class WeightWriter:
         with (self.folder / tensor.file).open("r+b") as stream:
             stream.seek(self.offsets[name])
             stream.write(cast.flatten().view(torch.uint8).numpy().data)
+        del self.pending[name]
 
     def keep(self, name: str) -> None:
         """Leave a tensor as an earlier run has written it."""
@@ -128,13 +129,13 @@ class WeightWriter:
             sync(self.folder / file)
 
     def complete(self) -> set[str]:
-        """The files that no tensor is missing in any more."""
+        """The files that no tensor is missing in any more; a tensor is until its last byte is written."""
         missing = {tensor.file for tensor in list(self.pending.values())}
         return {*self.files.values()} - missing
 
     def copy(self, spec: TensorSpec, folder: Path) -> None:
         """Copy a tensor byte for byte from a file of another checkpoint."""
-        tensor = self.pending.pop(spec.name)
+        tensor = self.pending[spec.name]
         with (folder / spec.file).open("rb") as source, (self.folder / tensor.file).open("r+b") as stream:
             source.seek(spec.start)
             stream.seek(self.offsets[spec.name])
@@ -148,6 +149,7 @@ class WeightWriter:
                         "download that file again",
                     )
                 left -= moved
+        del self.pending[spec.name]
 
     def finish(self) -> None:
         """Check that every planned tensor was written."""

@@ -35,7 +35,7 @@ from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
 from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal
 from kvshare.layerwise import LayerReport
-from kvshare.loading import load_native
+from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
 from kvshare.merged import layer_reports, weight_sums, write_merged
 from kvshare.mixture import parts_of
@@ -48,7 +48,6 @@ from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
 from kvshare.statistics import open_statistics
 from kvshare.training import HealResult, check_healing
-from kvshare.verification import verify_form
 
 # the stages, as the journal names them
 CONTAMINATION, SENSITIVITY, MERGED, HEALED, MEASURED = "contamination", "sensitivity", "merged", "healed", "measured"
@@ -157,8 +156,8 @@ def convert(
     source = open_source(model)
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     plan = make_plan(source, settings, max_shard_bytes=most)
-    job = _job(plan)
     tokenizer = check_conversion(plan, target, overwrite)
+    job = _job(plan)
     checked = check_layers(plan, progress) if plan.recipe.init == "exact" else ()
     with workspace(target, resumable=True) as work:
         journal = open_journal(work, job, restart)
@@ -256,9 +255,8 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
             healed = heal_into(fresh_folder(staged), merged, teacher, rows, settings, training, True, progress)
             carry_files(merged, staged)
             journal.record(HEALED, asdict(healed))
-    if settings.evaluation.mode != "whole":
-        verify_form(staged)
-    elif MEASURED not in journal:
+    reload(staged, {t.name: (t.dtype, t.shape) for t in plan.tensors}, [t.name for t in plan.tensors if t.action == "merge"])
+    if settings.evaluation.mode == "whole" and MEASURED not in journal:
         assert held_out is not None
         journal.record(MEASURED, asdict(measure(staged, teacher, held_out, settings.evaluation.data, progress)))
     return staged

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kvshare.errors import UsageError
 from kvshare.mixture import ENDINGS, parts_of, turns, uses_self
+from kvshare.parsing import MAX_BYTES, is_file, parse_json
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe
 from kvshare.sections import SELF
@@ -37,6 +38,7 @@ SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 PART_SEED = 104_729  # how far the seeds of a mixture's parts lie apart
+LONGEST_DOCUMENT = 1 << 23  # characters; a tokenizer takes 150 bytes for each
 FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
 
 
@@ -51,19 +53,20 @@ def check_data(data: str) -> None:
 
 
 def _check_text(data: str) -> None:
-    path = Path(data)
+    path, exists = Path(data), os.path.exists(data)
     identifier = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data)
     # A configuration may hold a dot, as in wikimedia/wikipedia/20231101.en; elsewhere a dot is the ending of a file.
-    if data == SELF or (identifier and not path.exists() and (not path.suffix or (identifier[1] and path.suffix not in ENDINGS))):
+    if data == SELF or (identifier and not exists and (not path.suffix or (identifier[1] and path.suffix not in ENDINGS))):
         return
     if path.suffix not in ENDINGS:
         raise UsageError(f"the data {data!r} is of no known form", f"kvshare reads {FORMS}", "name one of these")
-    if not path.is_file():
+    if not is_file(data):
         raise UsageError(f"there is no file {data}", f"DATA is {FORMS}", "check the path")
 
 
 def documents(data: str, seed: int | None = None) -> Iterator[str]:
-    """The documents of a data set in their order, or shuffled by `seed` within a window of 10,000 documents.
+    """The documents of a data set in their order, or shuffled by `seed` within a window of 10,000 documents. A document of more
+    than 8 million characters, such as a large file without separators, comes as several: no tokenizer takes it at once.
 
     Args:
         data: any DATA argument but `self` and mixtures.
@@ -84,6 +87,11 @@ def documents(data: str, seed: int | None = None) -> Iterator[str]:
                     "every record needs a field 'text' that holds a string",
                     "rename the field, or give a .txt file",
                 )
+            text.encode()  # half a surrogate pair is no text
+            while len(text) > LONGEST_DOCUMENT:
+                part = _part(text)
+                yield part
+                text = text[len(part) :]
             if text.strip():
                 yield text
     except UsageError:
@@ -100,7 +108,7 @@ def _stream(data: str) -> IterableDataset:
     if data.endswith(".txt"):
         return IterableDataset.from_generator(_text_documents, gen_kwargs={"path": data})
     if data.endswith(".jsonl"):
-        return load_dataset("json", data_files=data, split="train", streaming=True)
+        return IterableDataset.from_generator(_json_documents, gen_kwargs={"path": data})
     if data.endswith(".parquet"):
         return load_dataset("parquet", data_files=data, split="train", streaming=True)
     identifier, _, split = data.partition(":")
@@ -116,7 +124,28 @@ def _text_documents(path: str) -> Iterator[dict[str, str]]:
             *complete, pending = (pending + piece).split(SEPARATOR)
             for document in complete:
                 yield {"text": document.strip()}
+            while len(pending) > LONGEST_DOCUMENT + len(SEPARATOR):  # part of a separator may stand at the end
+                part = _part(pending)
+                yield {"text": part.strip()}
+                pending = pending[len(part) :]
     yield {"text": pending.strip()}
+
+
+def _json_documents(path: str) -> Iterator[dict[str, Any]]:
+    """The records of a file with one JSON value per line. Arrow's own reader ends the process where one is nested deeply."""
+    with open(path, "rb") as stream:
+        while line := stream.readline(MAX_BYTES + 1):
+            if len(line) > MAX_BYTES:
+                raise ValueError(f"a line is longer than {MAX_BYTES:,} bytes")
+            if line.strip():
+                record = parse_json(line)
+                yield {"text": record.get("text") if isinstance(record, dict) else None}
+
+
+def _part(text: str) -> str:
+    """The beginning of a very long document, up to a space or the end of a line."""
+    end = max(text.rfind(sign, LONGEST_DOCUMENT // 2, LONGEST_DOCUMENT) for sign in (" ", "\n"))
+    return text[: LONGEST_DOCUMENT if end < 0 else end]
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
@@ -341,7 +370,7 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of many kinds, all of them about the files
         raise UsageError(
             f"the tokenizer in {path} cannot be loaded",
             (str(error).splitlines() or ["unknown reason"])[0],

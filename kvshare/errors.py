@@ -9,18 +9,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2_000  # characters of a line
+
 
 class KVShareError(Exception):
     """A refusal or a failure with its reason and its remedy. `exit_code` is what the command line returns.
 
+    Each of the three is one line: names in it may come from a stranger's file, and are neither obeyed by a terminal nor endless.
     `keeps_work` says that unfinished work is worth going on with, where a command can.
     """
 
     exit_code = 2
 
     def __init__(self, what: str, why: str, fix: str, keeps_work: bool = False) -> None:
-        super().__init__(f"{what}\n  why: {why}\n  do:  {fix}")
-        self.what, self.why, self.fix, self.keeps_work = what, why, fix, keeps_work
+        self.what, self.why, self.fix = (_one_line(text) for text in (what, why, fix))
+        self.keeps_work = keeps_work
+        super().__init__(f"{self.what}\n  why: {self.why}\n  do:  {self.fix}")
 
 
 class UsageError(KVShareError):
@@ -57,6 +61,11 @@ class QualityError(KVShareError):
     """The result is worse than what was asked for (exit code 6)."""
 
     exit_code = 6
+
+
+def _one_line(text: str) -> str:
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in short)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

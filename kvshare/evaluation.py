@@ -19,6 +19,7 @@ from kvshare.exact import through_cache
 from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities
 from kvshare.loading import Forward, load, load_native, plain_forward
 from kvshare.mixture import uses_self
+from kvshare.native import read_config
 from kvshare.positions import PositionFigures, by_position
 from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
@@ -166,8 +167,6 @@ def evaluate(
     )
     recipe = load_recipe(None, evaluation__tokens=tokens, evaluation__data=data, seed=seed)
     folders = [Path(checkpoint)] if isinstance(checkpoint, str | Path) else [Path(folder) for folder in checkpoint]
-    from transformers import AutoConfig
-
     _check_checkpoints(folders, probes)
     check_data(data)
     source = open_source(against)
@@ -175,8 +174,7 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_native(source.path, dtype=torch.float32).to(device)
     for folder in folders:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if config.vocab_size != teacher.config.vocab_size:
+        if read_config(folder).vocab_size != teacher.config.vocab_size:
             raise UsageError(
                 f"{folder} and {source.name} cannot be compared",
                 "their vocabularies differ",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvshare import __version__, processes
-from kvshare.card import card_files, front_matter, with_datasets
+from kvshare.card import card_files, carried_report, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -40,17 +40,19 @@ from kvshare.distillation import newest_state
 from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
+from kvshare.geometry import geometry_of
 from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal
 from kvshare.layout import tied
-from kvshare.loading import load, load_native
+from kvshare.loading import load, load_native, reload
 from kvshare.merge import repeat_heads
 from kvshare.mixture import parts_of
+from kvshare.parsing import is_file
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.training import HealResult, check_healing, train
-from kvshare.verification import read_block, verify
+from kvshare.verification import listed_files, read_block, verify
 
 COMMAND, HEALED = "heal", "healed"  # the job's command, and the entry of what training did, as the journal names them
 AGAIN = "run without --resume to begin again"
@@ -114,6 +116,7 @@ def heal(
     earlier = read_journal(work / JOURNAL)
     published = resume and is_published(target, earlier)
     teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite or published)
+    carried = carried_report(folder)
     check_healing(settings.heal, family_of(teacher_source.model_type))
     job = _job(folder, teacher_source, settings)
     _check_earlier(earlier, job, work, resume)
@@ -138,7 +141,7 @@ def heal(
             if held_out is not None:
                 report = _measured(staged, teacher, held_out, settings, progress)
                 result = replace(result, report=report, contamination=contamination(held_out, [rows]))
-            _describe(staged, folder, result, settings)
+            _describe(staged, folder, result, settings, carried)
             journal.record(HEALED, asdict(result))
             publish(staged, target, journal)
     return result
@@ -254,13 +257,12 @@ def _measured(staged: Path, teacher: Any, rows: Tensor, settings: Recipe, progre
     return report
 
 
-def _describe(staged: Path, checkpoint: Path, result: HealResult, settings: Recipe) -> None:
+def _describe(staged: Path, checkpoint: Path, result: HealResult, settings: Recipe, carried: dict[str, Any]) -> None:
     """Write report and card; of the checkpoint's own figures those stay that are not of its weights."""
-    before = read_json(checkpoint / "report.json") if (checkpoint / "report.json").is_file() else {}
     measured: dict[str, Any] = {} if result.report is None else result.report.to_dict()
     if result.contamination is not None:
         measured["contamination"] = result.contamination.to_dict()
-    report = {**measured, "heal": result.to_dict(), **{key: before[key] for key in ("layers",) if key in before}}
+    report = {**measured, "heal": result.to_dict(), **carried}
     write_json(staged / "report.json", report)
     matter = with_datasets(front_matter(checkpoint / "README.md"), settings, heals=True)
     write_files(staged, card_files(read_json(staged / "config.json"), matter, report))
@@ -292,8 +294,9 @@ def write_healed(
     bare = f"{student.base_model_prefix}."
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
     if family.kv_heads is not None:
+        geometry = geometry_of(config, family, str(checkpoint))
         for name in [name for name in changed if f".{family.k}." in name]:
-            changed[name] = repeat_heads(changed[name], int(config["head_dim"]), int(config[family.kv_heads]))
+            changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
     changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family).items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
@@ -309,11 +312,14 @@ def write_healed(
         "heal": recipe.heal.model_dump(mode="json"),
     }
     write_json(staged / "config.json", config)
+    reload(staged, {spec.name: (spec.dtype, spec.shape) for spec in specs.values()}, changed.keys() & specs.keys())
 
 
 def carry_files(checkpoint: Path, staged: Path) -> None:
-    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card."""
-    weights = {*weight_files(checkpoint), INDEX, MANIFEST}
-    for file in sorted(checkpoint.iterdir()):
-        if file.is_file() and file.name not in weights and not (staged / file.name).exists():
-            shutil.copyfile(file, staged / file.name)
+    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card. Where there is a manifest, those that
+    it names, and nothing that someone has put beside them.
+    """
+    known = listed_files(checkpoint) if is_file(checkpoint / MANIFEST) else {file.name for file in checkpoint.iterdir()}
+    for name in sorted({*known} - {*weight_files(checkpoint), INDEX, MANIFEST}):
+        if is_file(checkpoint / name) and not (staged / name).exists():
+            shutil.copyfile(checkpoint / name, staged / name)

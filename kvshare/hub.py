@@ -9,7 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
-from kvshare.source import TOKENIZER_FILES, Source, TensorSpec, hub_id, open_source, read_json, refused, tensor_spec
+from kvshare.source import (
+    TOKENIZER_FILES,
+    Source,
+    TensorSpec,
+    by_name,
+    hub_id,
+    inside,
+    open_source,
+    read_json,
+    refuse_redirections,
+    refused,
+    tensor_spec,
+)
 
 
 def describe(model: str | Path) -> Source:
@@ -39,7 +51,7 @@ def describe(model: str | Path) -> Source:
         info = api.model_info(repository, revision=revision, files_metadata=True)
         names = {file.rfilename: file.size or 0 for file in info.siblings or []}
         folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=["config.json"]))
-        headers = api.get_safetensors_metadata(repository, revision=info.sha).files_metadata
+        found = api.get_safetensors_metadata(repository, revision=info.sha)
     except NotASafetensorsRepoError:
         raise UnsupportedModelError(
             f"{model} holds no safetensors",
@@ -50,24 +62,30 @@ def describe(model: str | Path) -> Source:
         raise BadCheckpointError(f"a weight file of {model} is damaged", str(error).splitlines()[0], "tell its author") from None
     except failures as error:
         raise refused(str(model), error) from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        # what the hub client says of headers and indices whose fields are of other kinds than it expects
+        raise BadCheckpointError(f"the weight files of {model} are damaged", repr(error), "tell its author") from None
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise BadCheckpointError(
             f"config.json of {model} is not a JSON object", "it holds another kind of value", "tell its author"
         )
-    tensors: dict[str, TensorSpec] = {}
-    for file, header in sorted(headers.items()):
+    refuse_redirections(config, names, str(model))
+    specs: list[TensorSpec] = []
+    for file, header in sorted(found.files_metadata.items()):
 
-        def damaged(why: str, file: str = file) -> BadCheckpointError:
+        def damaged(why: str, file: str = inside(file, str(model))) -> BadCheckpointError:
             return BadCheckpointError(f"the file {file} is damaged", why, "tell its author")
 
         for name, entry in header.tensors.items():
             fields = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": entry.data_offsets}
-            tensors[name] = tensor_spec(name, fields, file, 0, damaged)
-    if not tensors:
+            specs.append(tensor_spec(name, fields, file, 0, damaged))
+    if not specs:
         raise UsageError(f"{model} holds no tensors", "its weight files are empty", "check the id and the revision")
+    tensors = by_name(specs, found.weight_map)
+    sizes = {file: names.get(file, 0) for file in sorted(found.files_metadata)}
     present = tuple(file for file in TOKENIZER_FILES if file in names)
-    return Source(repository, folder, info.sha, config, tensors, {file: names.get(file, 0) for file in sorted(headers)}, present)
+    return Source(repository, folder, info.sha, config, tensors, sizes, present)
 
 
 def http_errors() -> tuple[type[Exception], ...]:

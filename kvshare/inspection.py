@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +58,9 @@ def inspect(
     Raises:
         KVShareError: see the modules `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
     """
-    recipe = load_recipe(None, calibration__data=data, calibration__tokens=tokens or INSPECTED_TOKENS, seed=seed)
-    target = Path(output)
-    source = open_source(model)
-    plan = make_plan(source, recipe)
-    check_output(target, source.path, overwrite)
-    tokenizer, settings = load_tokenizer(source.path), recipe.calibration
-    check_data(settings.data)
-    check_tokenizer(tokenizer, settings.data)
+    plan = inspection_plan(model, data, tokens, seed)
+    target, source, recipe = Path(output), plan.source, plan.recipe
+    tokenizer, settings = check_inspection(plan, target, overwrite), recipe.calibration
 
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,6 +88,25 @@ def inspect(
         write_files(staged, result)
         publish(staged, target)
     return result
+
+
+def inspection_plan(model: str | Path, data: str | None, tokens: int | None, seed: int | None) -> Plan:
+    """The plan of the conversion that an inspection is of, from the arguments of `inspect`, which see."""
+    recipe = load_recipe(None, calibration__data=data, calibration__tokens=tokens or INSPECTED_TOKENS, seed=seed)
+    return make_plan(open_source(model), recipe)
+
+
+def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:
+    """Everything that can be refused before a weight is read; returns the tokenizer.
+
+    Raises:
+        KVShareError: see the modules `checkpoint` and `data`.
+    """
+    check_output(target, plan.source.path, overwrite)
+    tokenizer = load_tokenizer(plan.source.path)
+    check_data(plan.recipe.calibration.data)
+    check_tokenizer(tokenizer, plan.recipe.calibration.data)
+    return tokenizer
 
 
 def write_files(folder: Path, inspection: Inspection) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from kvshare.errors import BadCheckpointError, UnfinishedWorkError
+from kvshare.parsing import is_file
 
 JOURNAL = "journal.jsonl"
 JOB = "job"
@@ -136,7 +137,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def content_of(data: str) -> str:
     """What identifies a DATA argument: the SHA-256 of a local file, otherwise its name."""
-    if not Path(data).is_file():
+    if not is_file(data):
         return data
     with Path(data).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

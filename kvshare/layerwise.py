@@ -25,15 +25,7 @@ from kvshare.layout import pack, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
-from kvshare.merge.regroup import (
-    MergeReport,
-    choose_grouping,
-    divided,
-    merge_svd,
-    pair_losses,
-    search_grouping,
-    solve_layer,
-)
+from kvshare.merge.regroup import MergeReport, choose_grouping, divided, merge_svd, pair_losses, search_grouping, solve_layer
 from kvshare.moments import MomentSums, Weighting, fits_apart
 from kvshare.passes import advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
@@ -44,7 +36,7 @@ from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 
 FIXED_BALANCE = 4.0  # where there is no text to search for the balance of least error on
-ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent
+ALONE_ITERATIONS = 20  # of the search, where layers are compared or there is no text; the rest gains a few percent of the error
 
 
 @dataclass(frozen=True)
@@ -240,7 +232,8 @@ def merge_on_statistics(
         layer: for the report.
     """
     balance = settings.balance[0] if len(settings.balance) == 1 else FIXED_BALANCE
-    merged, report = merge_svd(weights, moments.grouping, solve_layer(weights, moments, balance, None, None, settings.joint))
+    solved = solve_layer(weights, moments, balance, None, ALONE_ITERATIONS, settings.joint)
+    merged, report = merge_svd(weights, moments.grouping, solved)
     return merged, LayerReport(layer, report.lost, None, balance, report.condition, report.grouping)
 
 

@@ -5,7 +5,7 @@ In: a folder or a `Source`. Out: a transformers model in evaluation mode. Never:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError
+from kvshare.native import native_class, read_config
+from kvshare.parsing import shown
+from kvshare.source import read_json, read_tensor_specs, weight_files
+from kvshare.tensors import read_tensor
 from kvshare.verification import verify_form
 
 Forward = Callable[[Tensor], Tensor]  # token ids (rows, length) to logits (rows, length, vocabulary)
@@ -34,15 +38,20 @@ def load(
 
     Raises:
         BadCheckpointError: not a kvshare checkpoint, missing tensors, or k_proj and v_proj that do not fit its form.
+        UnsupportedModelError: another family.
     """
-    import transformers
-
     from kvshare.runtime.modeling_kvshare import shared_class
 
     folder = Path(checkpoint)
     verify_form(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    native = getattr(transformers, config.architectures[0])
+    native = native_class(folder, read_tensor_specs(folder, weight_files(folder)))
+    named = read_json(folder / "config.json").get("architectures")
+    if named != [native.__name__]:
+        raise BadCheckpointError(
+            f"config.json in {folder} names the architectures {shown(named)}",
+            f"a model of its model_type is a {native.__name__}",
+            "convert the model again",
+        )
     return _strict(shared_class(native), folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation)
 
 
@@ -50,11 +59,40 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
     """A model folder, shared or not, through transformers' own class.
 
     Raises:
-        BadCheckpointError: missing tensors.
+        BadCheckpointError: missing tensors, tensors of another shape, or a config that transformers cannot use.
+        UnsupportedModelError: another family.
     """
     import transformers
 
+    native_class(folder, read_tensor_specs(folder, weight_files(folder)))
     return _strict(transformers.AutoModelForCausalLM, folder, dtype=dtype, device_map=device_map, trust_remote_code=False)
+
+
+def reload(folder: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]], touched: Collection[str]) -> None:
+    """Read what was written as if it came from elsewhere, before it is published.
+
+    Args:
+        folder: a checkpoint, but for report, card and manifest.
+        planned: dtype and shape of every tensor that it is to hold.
+        touched: the tensors that were computed.
+
+    Raises:
+        BadCheckpointError: a tensor that was not planned, is missing, has another dtype or shape; NaN or infinity where something
+            was computed; K and V that differ; or something that stock transformers could not load.
+    """
+    specs = read_tensor_specs(folder, weight_files(folder))
+    for name in sorted({*planned, *specs}):
+        found = (specs[name].dtype, specs[name].shape) if name in specs else None
+        if found != planned.get(name):
+            raise BadCheckpointError(
+                f"the tensor {name} was not written as planned",
+                f"planned: {planned.get(name, 'none')}; in the file: {found or 'none'}",
+                "run the command again; if it happens again, check the disk",
+            )
+    for name in sorted(touched):
+        read_tensor(folder, specs[name])
+    verify_form(folder)
+    native_class(folder, specs)
 
 
 def plain_forward(model: Any) -> Forward:
@@ -65,7 +103,9 @@ def plain_forward(model: Any) -> Forward:
 def _strict(loader: Any, folder: Path, **options: Any) -> Any:
     """Load, and treat a tensor that is missing as the error it is: transformers would fill it with random numbers."""
     given = {name: value for name, value in options.items() if value is not None}
-    model, info = loader.from_pretrained(folder, local_files_only=True, output_loading_info=True, **given)
+    model, info = loader.from_pretrained(
+        folder, config=read_config(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **given
+    )
     missing = sorted(info["missing_keys"])
     if missing:
         raise BadCheckpointError(

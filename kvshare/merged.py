@@ -8,7 +8,7 @@ writes report, card or manifest.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvshare import __version__
 from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
+from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
 from kvshare.journal import Journal
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
@@ -65,18 +66,30 @@ def write_merged(
     """
     folder.mkdir(exist_ok=True)
     writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
-    # copying and checksums wait for the disk, merging computes: they do not wait for each other
-    with _background() as copier, _background() as summer:
+    # copying, syncing and checksums wait for the disk, merging computes: they do not wait for each other
+    with _background() as copier, _background() as keeper, _background() as summer:
         copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
-        report = _merge(folder, writer, plan, rows, held_out, device, journal, copies, progress)
-        sums: dict[str, Future[str]] = {}
+        kept: list[Future[None]] = []
+        sums: dict[str, Future[None]] = {}
+
+        def sum_up() -> None:
+            for file in sorted(writer.complete() - sums.keys()):
+                sums[file] = summer.submit(_sum, folder, file, journal)
+
+        def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
+            kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
+            sum_up()
+            for work in (*copies, *kept, *sums.values()):
+                if work.done():
+                    work.result()  # what failed ends the merge
+
+        report = _merge(folder, writer, plan, rows, held_out, device, journal, finished, progress)
         for index, copy in enumerate(copies):
             progress("copying weights", index, len(copies))
             copy.result()
-            for file in sorted(writer.complete() - sums.keys()):
-                sums[file] = summer.submit(sha256, folder / file)
-        for file, value in sums.items():
-            journal.record(SUM.format(file), value.result())
+            sum_up()
+        for work in (*kept, *sums.values()):
+            work.result()
     writer.finish()
     write_json(folder / "config.json", plan.config | {"kvshare": _block(plan), "auto_map": _auto_map(plan)})
     for name in CARRIED_FILES:
@@ -105,10 +118,13 @@ def _merge(
     held_out: Tensor | None,
     device: torch.device,
     journal: Journal,
-    copies: Sequence[Future[None]],
+    finished: Callable[[int, Sequence[str], LayerReport | None], None],
     progress: Progress,
 ) -> Report | None:
-    """Merge and write the layers, and evaluate, if it is by layers; for the arguments see `write_merged`."""
+    """Merge and write the layers, and evaluate, if it is by layers; for the arguments see `write_merged`.
+
+    `finished` is told of every layer that this run wrote: its number, its tensors, its report.
+    """
     by_layers = plan.recipe.evaluation.mode == "layers"
     skeleton = open_skeleton(plan.source, plan.family, folder.parent) if rows is not None or by_layers else None
     streams = None
@@ -126,21 +142,28 @@ def _merge(
             continue
         values = pack(merged.weights.repeated(plan.kv_heads), plan.family)
         values = {stored: value for name, value in values.items() if (stored := plan.family.tensor(layer, name)) in planned}
-        if (entry := LAYER.format(layer)) in journal:
+        if LAYER.format(layer) in journal:
             for name in values:
                 writer.keep(name)
             continue
         for name, value in values.items():
             writer.put(name, value)
-        writer.sync(values)
-        for copy in copies:
-            if copy.done():
-                copy.result()  # a copy that failed ends the merge
-        journal.record(entry, None if merged.report is None else asdict(merged.report))
+        finished(layer, list(values), merged.report)
     if streams is None:
         return None
     cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
     return streams.report(named_text(plan.recipe.evaluation.data), *cache)
+
+
+def _keep_layer(layer: int, names: Sequence[str], report: LayerReport | None, writer: WeightWriter, journal: Journal) -> None:
+    """Bring a layer to the disk and note it."""
+    writer.sync(names)
+    journal.record(LAYER.format(layer), None if report is None else asdict(report))
+
+
+def _sum(folder: Path, file: str, journal: Journal) -> None:
+    """Take the checksum of a complete file; the copying and merging have only just left it in the page cache."""
+    journal.record(SUM.format(file), sha256(folder / file))
 
 
 def weight_sums(plan: Plan, journal: Journal) -> dict[str, str]:
@@ -210,8 +233,15 @@ def _merged_layers(
                 weights = merge_mean(source, plan.kv_heads)
             else:
                 source = replace(source, rotary_dim=statistics.rotary_dims[index])
-                moments = read_moments(taken, statistics, index)
-                weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+                moments = read_moments(taken, statistics, index, source)
+                try:
+                    weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                    raise BadCheckpointError(
+                        f"layer {index} cannot be merged with the statistics in {taken}",
+                        str(error).partition(" (")[0],
+                        "take the statistics again with `kvshare calibrate`",
+                    ) from None
             weights = as_stored(weights, plan, index)
         if skeleton is None:
             yield MergedLayer(None, None, weights, report)

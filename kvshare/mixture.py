@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshare.errors import UsageError
+from kvshare.parsing import is_file
 from kvshare.sections import SELF
 
 ENDINGS = (".txt", ".jsonl", ".parquet")
@@ -31,7 +32,7 @@ def parts_of(data: str) -> tuple[Part, ...]:
     Raises:
         UsageError: a part without a weight, a weight that is no positive number, or a text that occurs twice.
     """
-    if "=" not in data or Path(data).is_file():
+    if "=" not in data or is_file(data):
         return (Part(data, 1.0),)
     weights: dict[str, float] = {}
     for word in data.split(","):
@@ -49,6 +50,11 @@ def parts_of(data: str) -> tuple[Part, ...]:
 def uses_self(data: str) -> bool:
     """Whether the source model is to write some of this text."""
     return data == SELF or ("=" in data and any(part.data == SELF for part in parts_of(data)))
+
+
+def share_of_self(data: str) -> float:
+    """How much of this text the source model is to write, between 0 and 1."""
+    return sum(part.share for part in parts_of(data) if part.data == SELF)
 
 
 def named(data: str) -> str:
@@ -74,7 +80,7 @@ def turns(shares: Sequence[float], rows: int) -> list[int]:
 
 
 def _file_name(data: str) -> str:
-    return Path(data).name if data.endswith(ENDINGS) or Path(data).is_file() else data
+    return Path(data).name if data.endswith(ENDINGS) or is_file(data) else data
 
 
 def _number(text: str) -> float | None:

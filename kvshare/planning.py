@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, form_reasons, head_units, resolve_heads, stored_heads
-from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
-from kvshare.families import PARTS, Family, Part
+from kvshare.errors import UsageError
+from kvshare.families import PARTS, Family
+from kvshare.geometry import geometry_of, require_attention, require_tensor
 from kvshare.hub import describe
 from kvshare.memory import peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, require_exact
 from kvshare.sizes import bytes_of, shard_files
-from kvshare.source import FLOATS, ITEM_BYTES, Source, TensorSpec, data_bytes
+from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
 
 Action = Literal["copy", "merge"]
 
@@ -230,7 +231,9 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         UsageError: `kv_heads` does not divide the source's, no choice meets `cache_budget`, or init `exact` is to merge heads.
     """
     config, family = source.config, convertible_family(source)
-    layers, query_heads, source_heads, head_dim, hidden = _geometry(source, family)
+    geometry = geometry_of(config, family, source.name)
+    layers, source_heads, head_dim, hidden = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.hidden
+    require_attention(source.tensors, family, geometry, source.name)
     reasons: list[str] = []
     if recipe.cache_budget is None:
         chosen = (resolve_heads(recipe.kv_heads, source_heads, reasons),) * layers
@@ -249,18 +252,12 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         if recipe.heal.enabled:
             recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"enabled": False})})
             reasons.append("nothing is healed: init exact loses nothing that healing could bring back")
-    shapes: dict[Part, tuple[int, int]] = {
-        "q": (query_heads * head_dim, hidden),
-        "k": (source_heads * head_dim, hidden),
-        "v": (source_heads * head_dim, hidden),
-        "o": (hidden, query_heads * head_dim),
-    }
+    shapes = geometry.shapes
     merged: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
         untouched = chosen is not None and chosen[layer] is None
         for part in PARTS:
             expected = shapes[part]
-            _require(source, family.weight(layer, part), family.stored_shape(part, shapes))
             changes = not untouched and recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
             rows = heads * head_dim if part in "kv" else expected[0]
             after = shapes | {part: (rows, expected[1])}
@@ -268,7 +265,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
                 merged[family.weight(layer, part)] = family.stored_shape(part, after)
             bias = family.bias(layer, part)
             if bias in source.tensors and part != "o" and changes:
-                _require(source, bias, family.stored_shape(part, shapes, bias=True))
+                require_tensor(source.tensors, bias, family.stored_shape(part, shapes, bias=True), source.name)
                 merged[bias] = family.stored_shape(part, after, bias=True)
         if recipe.init == "learned" and not untouched:  # which trains the norms, too
             norms = [family.tensor(layer, f"{norm}.weight") for norm in (family.query_norm, family.key_norm)]
@@ -316,42 +313,3 @@ def _exact_reasons(plan: Plan) -> tuple[str, str]:
         f"a decoded token takes {plan.decode_multiply_adds:,} multiply-adds more per cached token, {plan.decode_overhead:g} times "
         f"what attention takes natively, and {plan.map_bytes:,} bytes of maps lie in memory beside the weights",
     )
-
-
-def _geometry(source: Source, family: Family) -> tuple[int, int, int, int, int]:
-    """Layers, query heads, KV heads, head_dim and hidden_size of a config."""
-    config = source.config
-    values = []
-    for key in map(family.field, ("num_hidden_layers", "num_attention_heads", "hidden_size")):
-        value = config.get(key)
-        if type(value) is not int or value < 1:
-            raise BadCheckpointError(
-                f"config.json of {source.name} has no usable {key}", f"it holds {value!r}", "download the model again"
-            )
-        values.append(value)
-    layers, query_heads, hidden = values
-    kv_heads = (config.get(family.kv_heads) if family.kv_heads else None) or query_heads
-    head_dim = config.get("head_dim") or hidden // query_heads
-    if type(kv_heads) is not int or type(head_dim) is not int or kv_heads < 1 or query_heads % kv_heads or head_dim % 2:
-        raise BadCheckpointError(
-            f"config.json of {source.name} contradicts itself",
-            f"{query_heads} query heads, {kv_heads!r} KV heads and head_dim {head_dim!r} do not fit together",
-            "download the model again",
-        )
-    return layers, query_heads, kv_heads, head_dim, hidden
-
-
-def _require(source: Source, name: str, shape: tuple[int, ...]) -> None:
-    spec = source.tensors.get(name)
-    if spec is None:
-        raise BadCheckpointError(
-            f"the tensor {name} is missing in {source.name}", "the family keeps its attention there", "download the model again"
-        )
-    if spec.shape != shape:
-        raise BadCheckpointError(
-            f"the tensor {name} has the shape {list(spec.shape)}", f"config.json asks for {list(shape)}", "download the model again"
-        )
-    if spec.dtype not in FLOATS:
-        raise UnsupportedModelError(
-            f"the tensor {name} is stored as {spec.dtype}", f"the merge reads {', '.join(FLOATS)}", "convert the unquantised model"
-        )

@@ -10,10 +10,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from kvshare.errors import UsageError, closest
+from kvshare.parsing import MAX_YAML, is_file, parse_yaml, read_bytes, shown
 from kvshare.sections import Calibration, Evaluation, Fit, Fraction, Heal, KVHeads, Merge, Natural, Positive, Section
 
 DEFAULT_RECIPE = "half"
@@ -30,7 +30,8 @@ class Recipe(Section):
     cache_budget: Fraction | None = None
     """The most of the source's cache that may be kept, such as 0.3; layers then keep K and V apart, share them, or share fewer
     heads, as they bear it (svd and learned). None: every layer shares `kv_heads` heads."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """What all generators of random numbers take."""
     calibration: Calibration = Calibration()
     merge: Merge = Merge.model_validate({})
     fit: Fit = Fit()
@@ -282,19 +283,19 @@ def _check_budget(recipe: Recipe, origin: str) -> None:
 
 def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
+    if path.suffix in {".yaml", ".yml"} or is_file(path):
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(path, MAX_YAML)
+        except (OSError, ValueError) as error:
             raise UsageError(
                 f"the recipe {path} cannot be read", str(error), "give a YAML file or a shipped recipe's name"
             ) from None
     else:
-        text = recipe_text(str(recipe))
+        text = recipe_text(str(recipe)).encode()
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"the recipe {recipe} is not YAML", str(error).replace("\n", " "), "correct that line") from None
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"the recipe {recipe} is not YAML", str(error), "correct that line") from None
     if values is None:
         values = {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -307,7 +308,7 @@ def _read(recipe: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _explain(error: ValidationError, origin: str) -> UsageError:
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_of(first["loc"][:-1])
@@ -317,7 +318,7 @@ def _explain(error: ValidationError, origin: str) -> UsageError:
             closest(str(first["loc"][-1]), known),
         )
     return UsageError(
-        f"{origin} has a value that cannot be used: {where} = {first['input']!r}",
+        f"{origin} has a value that cannot be used: {where} = {shown(first['input'])}",
         first["msg"],
         "correct it, or leave it out to keep the default",
     )

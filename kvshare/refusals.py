@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvshare.errors import UnsupportedModelError, UsageError
 from kvshare.families import Family, family_of
+from kvshare.parsing import shown
 from kvshare.source import Source
 
 
@@ -34,17 +35,17 @@ def convertible_family(source: Source) -> Family:
     for name, value in family.only.items():
         if config.get(name, value) != value:
             raise UnsupportedModelError(
-                f"{source.name} has {name} = {config[name]!r}",
+                f"{source.name} has {name} = {shown(config[name])}",
                 f"of {family.model_type}, kvshare knows the models with {value!r}",
                 "choose another model",
             )
-    architecture = config.get("architectures")
-    endings = ("ForCausalLM", "LMHeadModel")
-    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).endswith(endings)):
+    architecture, stem = config.get("architectures"), family.model_type.replace("_", "")
+    fitting = [f"{stem}{ending}".lower() for ending in ("ForCausalLM", "LMHeadModel")]
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).lower() in fitting):
         raise UnsupportedModelError(
             f"{source.name} is not a causal language model",
-            f"config.json names the architectures {architecture!r}",
-            f"give a model whose architecture ends in {' or '.join(endings)}",
+            f"config.json names the architectures {shown(architecture)}, which is none of {family.model_type} that predicts tokens",
+            "give a model whose architecture ends in ForCausalLM or LMHeadModel",
         )
     return family
 

@@ -7,7 +7,6 @@ An answer is right when every token of it is the most likely one, given those be
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from kvshare.errors import UsageError
 from kvshare.loading import Forward, plain_forward
+from kvshare.parsing import parse_json, read_bytes
 
 POOL = 512  # tokens that keys and values are drawn from, where the tokenizer has as many
 RECALL_PAIRS = (4, 16, 64)
@@ -78,12 +78,23 @@ def read_questions(file: Path) -> list[Question]:
         UsageError: the file cannot be read or lacks these fields.
     """
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [Question(str(record["prompt"]), str(record["answer"])) for record in records]
+        lines = [line for line in read_bytes(file).splitlines() if line.strip()]
+        questions = [Question(*(_said(record, field) for field in ("prompt", "answer"))) for record in map(parse_json, lines)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"the questions in {file} cannot be read", repr(error), "give a .jsonl with 'prompt' and 'answer'"
         ) from None
+    if not questions:
+        raise UsageError(f"{file} holds no questions", "it is empty", "give a .jsonl with 'prompt' and 'answer'")
+    return questions
+
+
+def _said(record: Any, field: str) -> str:
+    text = str(record[field])
+    text.encode()  # half a surrogate pair is no text
+    if not text.strip():
+        raise ValueError(f"a question has an empty {field}")
+    return text
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from kvshare.errors import UsageError
+from kvshare.parsing import shown
 from kvshare.source import SINGLE
 
 UNITS = {
@@ -25,10 +26,10 @@ def bytes_of(size: str | int, name: str) -> int:
     Raises:
         UsageError: it cannot be read, or is 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(size), re.ASCII)
     units = {unit.lower(): count for unit, count in UNITS.items()}
     if not found or found[2].lower() not in units or not float(found[1]):
-        raise UsageError(f"{name} = {size!r} cannot be read", "it is a number with a unit", "for example: 8GB or 8GiB")
+        raise UsageError(f"{name} = {shown(size)} cannot be read", "it is a number with a unit", "for example: 8GB or 8GiB")
     return int(float(found[1]) * units[found[2].lower()])
 
 

@@ -6,22 +6,24 @@ Never: reads weights, unpickles, runs code that lies beside a model.
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.parsing import is_file, is_folder, parse_json, read_bytes, shown
 
 TINY = "kvshare/tiny"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # bytes; the limit that the safetensors format itself sets
+MAX_EXTENT = 1 << 63  # of a dimension or an offset; none is stored in more bits
 ITEM_BYTES = {
     "F64": 8,
     "I64": 8,
@@ -53,6 +55,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+ADAPTER = "adapter_config.json"
+CHECKPOINT_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # what transformers prefers to all other weights
+REDIRECTIONS = ("transformers_weights", "fusion_config")  # fields of a config that make transformers load something else
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -122,9 +127,10 @@ def open_source(model: str | Path) -> Source:
         raise BadCheckpointError(
             f"{path / 'config.json'} is not a JSON object", "it holds another kind of value", "download the model again"
         )
+    refuse_redirections(config, os.listdir(path), str(path))
     files = weight_files(path)
     tensors = read_tensor_specs(path, files)
-    present = tuple(file for file in TOKENIZER_FILES if (path / file).is_file())
+    present = tuple(file for file in TOKENIZER_FILES if is_file(path / file))
     sizes = {file: (path / file).stat().st_size for file in files}
     return Source(name, path, commit, config, tensors, sizes, present)
 
@@ -133,7 +139,7 @@ def _locate(model: str) -> tuple[str, Path, str | None]:
     """The name, the local folder and the commit of a model; downloads from the Hub what is not in its cache."""
     if model == TINY:
         return TINY, Path(str(resources.files("kvshare") / "tiny")), None
-    if Path(model).is_dir():
+    if is_folder(model):
         # where a folder lies is nobody's business: only its name goes into outputs
         return Path(model).resolve().name, Path(model), None
     repository, revision = hub_id(model) or ("", None)
@@ -159,7 +165,7 @@ def hub_id(model: str) -> tuple[str, str | None] | None:
     Raises:
         UsageError: `model` is none of the three.
     """
-    if model == TINY or Path(model).is_dir():
+    if model == TINY or is_folder(model):
         return None
     repository, _, revision = model.partition("@")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repository):
@@ -180,29 +186,70 @@ def refused(model: str, error: Exception) -> UsageError:
     )
 
 
+def refuse_redirections(config: Mapping[str, Any], files: Collection[str], model: str) -> None:
+    """Refuse a model of which transformers would load something else than its headers say.
+
+    Args:
+        config: the content of config.json.
+        files: the names of all files beside it.
+        model: what to call it.
+
+    Raises:
+        UnsupportedModelError: a field or a file that makes transformers do so.
+    """
+    for key in REDIRECTIONS:
+        if config.get(key) is not None:
+            raise UnsupportedModelError(
+                f"config.json of {model} has {key} = {shown(config[key])}",
+                "with it, transformers loads something else than the weights whose headers kvshare has checked",
+                "remove that entry if you know what it was for; otherwise choose another model",
+            )
+    if ADAPTER in files:
+        raise UnsupportedModelError(
+            f"{model} holds an adapter beside the model",
+            f"with {ADAPTER} there, transformers loads the adapter's weights on top of the model's",
+            f"merge the adapter into the model, or copy the model to a folder without {ADAPTER}",
+        )
+
+
 def weight_files(path: Path) -> tuple[str, ...]:
     """The safetensors files of a model folder, as its index names them; a file beside the index is never read.
 
     Raises:
-        BadCheckpointError: the index names a file that is missing or lies outside the folder.
+        BadCheckpointError: the index names a file that is missing, is no safetensors file or lies outside the folder; or there are
+            other weights that transformers would read in their place.
         UnsupportedModelError: there are no safetensors.
     """
-    if (path / INDEX).is_file():
-        named = sorted({_inside(file, path) for file in read_index(path).values()})
+    if is_file(path / INDEX):
+        named = sorted({inside(file, str(path)) for file in read_index(path).values()})
         for file in named:
-            if not (path / file).is_file():
+            if not is_file(path / file):
                 raise BadCheckpointError(f"the shard {file} is missing in {path}", f"{INDEX} names it", "download the model again")
-        return tuple(named)
-    if (path / SINGLE).is_file():
-        return (SINGLE,)
+    elif is_file(path / SINGLE):
+        named = [SINGLE]
+    else:
+        raise _no_weights(path)
+    others = [file.name for file in path.iterdir() if CHECKPOINT_SHARD.fullmatch(file.name)]
+    if named != [SINGLE] and is_file(path / SINGLE):
+        others.append(SINGLE)
+    if others:
+        raise BadCheckpointError(
+            f"{path} holds {min(others)} beside the weights that it names",
+            f"transformers would read that file in place of {named[0]}",
+            "remove the weights that are not the model's, or download it again",
+        )
+    return tuple(named)
+
+
+def _no_weights(path: Path) -> UnsupportedModelError | BadCheckpointError:
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if pickled:
-        raise UnsupportedModelError(
+        return UnsupportedModelError(
             f"{path} holds no safetensors, only {pickled[0]}",
             "pickled weights can run code when they are read, so kvshare does not read them",
             "load it once with transformers and call save_pretrained, which writes safetensors",
         )
-    raise BadCheckpointError(
+    return BadCheckpointError(
         f"{path} holds no weights", f"there is neither {SINGLE} nor {INDEX}", "give the folder of a complete model"
     )
 
@@ -211,18 +258,23 @@ def read_index(path: Path) -> dict[str, str]:
     """The tensor-to-file map of a sharded model."""
     index = read_json(path / INDEX)
     weights = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(file, str) for file in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(isinstance(file, str) for file in weights.values()):
         raise BadCheckpointError(
             f"{path / INDEX} has no usable weight_map", "it must map tensor names to file names", "download the model again"
         )
     return weights
 
 
-def _inside(file: str, path: Path) -> str:
-    if Path(file).name != file or file in {"", ".", ".."}:
+def inside(file: str, model: str) -> str:
+    """The name of a shard, which lies in the model's own folder.
+
+    Raises:
+        BadCheckpointError: it would lie elsewhere, or is no safetensors file.
+    """
+    if Path(file).name != file or not file.endswith(".safetensors"):
         raise BadCheckpointError(
-            f"{path / INDEX} names the file {file!r}",
-            "a shard must lie in the model's own folder",
+            f"{INDEX} of {model} names the file {file!r}",
+            "a shard must be a safetensors file in the model's own folder",
             "do not use this model; download it from a source you trust",
         )
     return file
@@ -234,22 +286,30 @@ def read_tensor_specs(path: Path, files: tuple[str, ...]) -> dict[str, TensorSpe
     Raises:
         BadCheckpointError: a damaged header, a tensor in two files, or an index that disagrees with the files.
     """
+    specs = [spec for file in files for spec in read_header(path / file)]
+    return by_name(specs, read_index(path) if is_file(path / INDEX) else {})
+
+
+def by_name(specs: Iterable[TensorSpec], index: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """The tensors of all files, held against the index.
+
+    Raises:
+        BadCheckpointError: a tensor in two files, or one that is not where the index says.
+    """
     tensors: dict[str, TensorSpec] = {}
-    for file in files:
-        for spec in read_header(path / file):
-            if spec.name in tensors:
-                raise BadCheckpointError(
-                    f"the tensor {spec.name} is in two files",
-                    f"both {tensors[spec.name].file} and {file} hold it",
-                    "download the model again",
-                )
-            tensors[spec.name] = spec
-    if (path / INDEX).is_file():
-        for name, file in read_index(path).items():
-            if name not in tensors or tensors[name].file != file:
-                raise BadCheckpointError(
-                    f"the tensor {name} is not in {file}", f"{INDEX} says that it is there", "download the model again"
-                )
+    for spec in specs:
+        if spec.name in tensors:
+            raise BadCheckpointError(
+                f"the tensor {spec.name} is in two files",
+                f"both {tensors[spec.name].file} and {spec.file} hold it",
+                "download the model again",
+            )
+        tensors[spec.name] = spec
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file != file:
+            raise BadCheckpointError(
+                f"the tensor {name} is not in {file}", f"{INDEX} says that it is there", "download the model again"
+            )
     return tensors
 
 
@@ -263,20 +323,25 @@ def read_header(file: Path) -> list[TensorSpec]:
     def bad(why: str) -> BadCheckpointError:
         return BadCheckpointError(f"the file {file} is damaged", why, "download that file again")
 
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise bad(f"its header length of {length} bytes does not fit its {size} bytes")
-        raw = stream.read(length)
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise bad("its header is not JSON") from None
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            first = stream.read(8)
+            length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise bad(f"its header length of {length} bytes does not fit its {size} bytes")
+            raw = stream.read(length)
+    except OSError as error:
+        raise bad(str(error)) from None
+    try:
+        header = parse_json(raw, unique=True)
+    except ValueError as error:
+        raise bad(f"its header is not JSON: {error}") from None
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if raw[:1] != b"{" or not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise bad("its header is not that of a safetensors file")  # which the library that reads the data would refuse
     specs = [tensor_spec(name, entry, file.name, 8 + length, bad) for name, entry in header.items()]
     specs.sort(key=lambda spec: (spec.start, spec.end))
     position = 8 + length
@@ -303,16 +368,18 @@ def tensor_spec(name: str, entry: Any, file: str, base: int, bad: Callable[[str]
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         count = 1
         for extent in shape:
-            if type(extent) is not int or extent < 0:
+            if type(extent) is not int or not 0 <= extent < MAX_EXTENT:
                 raise ValueError("a shape must hold whole numbers")
             count *= extent
-        if type(start) is not int or type(end) is not int or start < 0:
+            if count >= MAX_EXTENT:
+                raise ValueError("no file is as large as its shape")
+        if not all(type(offset) is int and 0 <= offset < MAX_EXTENT for offset in (start, end)):
             raise ValueError("offsets must be whole numbers")
         expected = count * ITEM_BYTES[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise bad(f"the entry of {name} cannot be read ({error})") from None
     if end - start != expected:
-        raise bad(f"{name} takes {end - start} bytes, and its shape {list(shape)} of {dtype} needs {expected}")
+        raise bad(f"{name} takes {end - start} bytes, and its shape {shown(list(shape))} of {dtype} needs {expected}")
     return TensorSpec(name, dtype, shape, file, base + start, base + end)
 
 
@@ -323,8 +390,8 @@ def read_json(file: Path) -> Any:
         BadCheckpointError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(file))
     except FileNotFoundError:
         raise BadCheckpointError(f"{file} is missing", "a model folder needs it", "give the folder of a complete model") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadCheckpointError(f"{file} cannot be read", str(error), "download that file again") from None

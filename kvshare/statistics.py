@@ -26,16 +26,18 @@ from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tok
 from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.layerwise import source_moments
 from kvshare.loading import load_native
-from kvshare.merge import Grouping, Moments
+from kvshare.merge import AttentionWeights, Grouping, Moments
+from kvshare.mixture import named, uses_self
 from kvshare.moments import moment_numbers
+from kvshare.parsing import is_file, shown
 from kvshare.passes import advance
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
-from kvshare.sections import SELF
 from kvshare.source import open_source, read_header, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import read_tensor
+from kvshare.verification import listed_files
 
 DESCRIPTION = "statistics.json"
 LAYER_FILE = "layer-{:05d}.safetensors"
@@ -92,7 +94,7 @@ def calibrate(
     tokenizer = check_calibration(plan, target, overwrite)
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        writer = load_native(source.path, dtype=torch.float32).to(device) if settings.calibration.data == SELF else None
+        writer = load_native(source.path, dtype=torch.float32).to(device) if uses_self(settings.calibration.data) else None
         rows = calibration_rows(settings, tokenizer, writer, progress)
         del writer  # what follows takes a layer at a time
         staged = fresh_folder(work / "statistics")
@@ -106,7 +108,7 @@ def calibrate(
             FORMAT_VERSION,
             __version__,
             source.fingerprint,
-            Path(calibration.data).name if Path(calibration.data).is_file() else calibration.data,
+            named(calibration.data),
             rows.numel(),
             settings.merge.weighting,
             settings.seed,
@@ -187,6 +189,13 @@ def open_statistics(folder: str | Path, plan: Plan) -> Statistics:
         UsageError: they are of another model, or of other heads.
     """
     path = Path(folder)
+    if not is_file(path / DESCRIPTION):
+        raise UsageError(
+            f"there are no statistics in {path}",
+            f"it holds no {DESCRIPTION}",
+            "take them with `kvshare calibrate`, or correct the path",
+        )
+    listed_files(path)  # by the manifest, an interrupted conversion knows the statistics again
     try:
         found = TypeAdapter(Statistics).validate_python(read_json(path / DESCRIPTION))
     except ValidationError as error:
@@ -203,7 +212,7 @@ def open_statistics(folder: str | Path, plan: Plan) -> Statistics:
     if found.source.get("file_bytes") != sizes:
         raise UsageError(
             f"the statistics in {path} are of another model",
-            f"its files have {found.source.get('file_bytes')!r} bytes, those of {plan.source.name} {sizes!r}",
+            f"its files have {shown(found.source.get('file_bytes'))} bytes, those of {plan.source.name} {sizes!r}",
             f"take those of {plan.source.name} with `kvshare calibrate`",
         )
     heads = [len(grouping) for grouping in found.groupings]
@@ -213,28 +222,60 @@ def open_statistics(folder: str | Path, plan: Plan) -> Statistics:
             f"the conversion is to have {plan.kv_heads}; which source heads are merged was chosen when they were taken",
             f"convert with that number, or take others with `kvshare calibrate --kv-heads {plan.kv_heads}`",
         )
+    if not _complete(found, plan):
+        raise BadCheckpointError(
+            f"{path / DESCRIPTION} contradicts itself or {plan.source.name}",
+            f"it must share the {plan.source_kv_heads} KV heads of each of {plan.layers} layers out evenly",
+            "take the statistics again with `kvshare calibrate`",
+        )
     return found
 
 
-def read_moments(folder: str | Path, statistics: Statistics, layer: int) -> Moments:
+def _complete(statistics: Statistics, plan: Plan) -> bool:
+    """Whether every layer's grouping takes each source head once, as many in each group, and its rope fits a head."""
+    return len(statistics.groupings) == len(statistics.rotary_dims) == plan.layers and all(
+        sorted(head for group in grouping for head in group) == list(range(plan.source_kv_heads))
+        and len({len(group) for group in grouping}) == 1
+        and turned in range(0, plan.head_dim + 1, 2)
+        for grouping, turned in zip(statistics.groupings, statistics.rotary_dims, strict=True)
+    )
+
+
+def read_moments(folder: str | Path, statistics: Statistics, layer: int, weights: AttentionWeights) -> Moments:
     """The moments of one layer, float64.
 
+    Args:
+        folder: of the statistics.
+        statistics: their description.
+        layer: which one.
+        weights: of the source there, which say how large its moments are.
+
     Raises:
-        BadCheckpointError: the layer's file is missing or damaged, or lacks a tensor.
+        BadCheckpointError: the layer's file is missing or damaged, lacks a tensor, or holds one of another shape.
+        UnsupportedModelError: it holds no floating-point numbers.
     """
     path = Path(folder)
     file = path / LAYER_FILE.format(layer)
-    if not file.is_file():
+    if not is_file(file):
         raise BadCheckpointError(f"the file {file} is missing", f"{DESCRIPTION} speaks of that layer", "copy the statistics again")
     tensors = {spec.name: read_tensor(path, spec) for spec in read_header(file)}
-    grouping = statistics.groupings[layer]
-    try:
-        keys, values = (tuple(tensors[f"{part}.{group}"] for group in range(len(grouping))) for part in ("keys", "values"))
-        return Moments(grouping, keys, values, tensors["key_metric"], tensors["value_metric"])
-    except KeyError as error:
-        raise BadCheckpointError(
-            f"the file {file} lacks {error}", "a layer's moments need it", "copy the statistics again"
-        ) from None
+    grouping, width = statistics.groupings[layer], weights.head_dim
+    metric: set[tuple[int, ...]] = {(weights.kv_heads, width, width)}
+    shapes = {"key_metric": metric, "value_metric": metric}
+    has_bias = weights.k_bias is not None or weights.v_bias is not None
+    for index, group in enumerate(grouping):
+        numbers = 2 * len(group) * width + has_bias
+        shapes |= {f"{part}.{index}": {(1, numbers, numbers), (len(group), numbers, numbers)} for part in ("keys", "values")}
+    for name, fitting in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) not in fitting:
+            raise BadCheckpointError(
+                f"the file {file} holds no {name} that fits layer {layer}",
+                f"its shape would be {' or '.join(map(str, sorted(fitting)))}",
+                "take the statistics again with `kvshare calibrate`",
+            )
+    doubles = {name: tensors[name].double() for name in shapes}
+    keys, values = (tuple(doubles[f"{part}.{group}"] for group in range(len(grouping))) for part in ("keys", "values"))
+    return Moments(grouping, keys, values, doubles["key_metric"], doubles["value_metric"])
 
 
 def _tensors(moments: Moments) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
+from kvshare.native import native_class, read_config
 from kvshare.source import Source
 from kvshare.tensors import map_tensor, read_tensor
 
@@ -46,13 +47,15 @@ def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -
     """The modules of a source: vectors outside the layers in float32, tables mapped in the dtype they are stored in.
 
     Raises:
-        BadCheckpointError: a tensor outside the layers is missing.
+        BadCheckpointError: a config that transformers cannot use, or a tensor that is missing or has another shape.
+        UnsupportedModelError: a tensor that holds no floating-point numbers.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True)
+    native_class(source.path, source.tensors)
+    config = read_config(source.path)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     skeleton = Skeleton(source, family, model.eval(), scratch)

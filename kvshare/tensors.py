@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from kvshare.errors import BadCheckpointError
+from kvshare.errors import BadCheckpointError, UnsupportedModelError
 from kvshare.source import TensorSpec
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -39,12 +39,24 @@ def read_tensor(folder: Path, spec: TensorSpec) -> Tensor:
     """One tensor of a checkpoint in its own dtype.
 
     Raises:
-        BadCheckpointError: the data holds NaN or infinity.
+        BadCheckpointError: the data holds NaN or infinity, or the file became shorter.
+        UnsupportedModelError: it holds no floating-point numbers.
     """
+    if spec.dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"the tensor {spec.name} is stored as {spec.dtype}", f"kvshare reads {', '.join(DTYPES)}", "give the unquantised model"
+        )
     with (folder / spec.file).open("rb") as stream:
         stream.seek(spec.start)
         raw = bytearray(stream.read(spec.bytes))
-    value = torch.frombuffer(raw, dtype=DTYPES[spec.dtype]).view(spec.shape) if raw else torch.empty(spec.shape)
+    if len(raw) != spec.bytes:
+        raise BadCheckpointError(
+            f"the file {folder / spec.file} ends inside {spec.name}",
+            "it became shorter while it was read",
+            "download that file again",
+        )
+    dtype = DTYPES[spec.dtype]
+    value = torch.frombuffer(raw, dtype=dtype).view(spec.shape) if raw else torch.empty(spec.shape, dtype=dtype)
     if not is_finite(value):
         raise BadCheckpointError(
             f"the tensor {spec.name} holds NaN or infinity", f"it stands so in {folder / spec.file}", "use an undamaged model"

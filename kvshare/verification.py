@@ -6,17 +6,21 @@ Never: writes, loads a model.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kvshare.checkpoint import FORMAT_VERSION, MANIFEST, sha256
 from kvshare.errors import BadCheckpointError
 from kvshare.families import family_of
+from kvshare.geometry import geometry_of, require_attention
+from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, repeats_of
-from kvshare.source import TensorSpec, read_json, read_tensor_specs, weight_files
+from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
 
 FORMS = ("shared", "exact")  # how the runtime makes keys and values of what is cached
 
@@ -31,13 +35,48 @@ class Verification:
     form: str
 
 
+class _Fields(BaseModel):
+    """What others rely on in a kvshare block; fields that are not named here may hold anything."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Origin(_Fields):
+    name: str
+    commit: str | None = None
+    num_key_value_heads: PositiveInt
+
+
+class _Measured(_Fields):
+    data: str
+    tokens: PositiveInt
+    sequence_length: PositiveInt
+
+
+class _Settings(_Fields):
+    init: str
+    evaluation: _Measured
+
+
+class _Block(_Fields):
+    version: str
+    layers: list[NonNegativeInt]
+    kv_heads: list[PositiveInt] | None = None
+    source: _Origin
+    recipe: _Settings
+    seed: NonNegativeInt
+    healed_tokens: NonNegativeInt = 0
+    heal: dict[str, Any] = Field(default_factory=dict)
+
+
 def read_block(checkpoint: Path) -> dict[str, Any]:
     """The kvshare block of a checkpoint's config.
 
     Raises:
-        BadCheckpointError: the folder is missing or is not a kvshare checkpoint of a version that is known.
+        BadCheckpointError: the folder is missing or is not a kvshare checkpoint of a version that is known, or its block does not
+            hold what it must.
     """
-    if not checkpoint.is_dir():
+    if not is_folder(checkpoint):
         raise BadCheckpointError(f"there is no folder {checkpoint}", "a checkpoint is a local folder", "check the path")
     config = read_json(checkpoint / "config.json")
     block = config.get("kvshare") if isinstance(config, dict) else None
@@ -49,15 +88,28 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         older = isinstance(version, int) and version < FORMAT_VERSION
         raise BadCheckpointError(
-            f"{checkpoint} has the format version {version!r}",
+            f"{checkpoint} has the format version {shown(version)}",
             f"this kvshare reads version {FORMAT_VERSION}",
             "convert the model again" if older else "update kvshare",
         )
     if block.get("form") not in FORMS:
         raise BadCheckpointError(
-            f"{checkpoint} has the form {block.get('form')!r}", f"there are: {', '.join(FORMS)}", "convert the model again"
+            f"{checkpoint} has the form {shown(block.get('form'))}", f"there are: {', '.join(FORMS)}", "convert the model again"
         )
+    try:
+        layers = _Block.model_validate(block).layers
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _unusable(checkpoint, f"its {where} is {shown(first['input'])}: {first['msg']}") from None
+    if layers != sorted(set(layers)):
+        raise _unusable(checkpoint, f"its layers {shown(layers)} are not in order")
+    refuse_redirections(config, os.listdir(checkpoint), str(checkpoint))
     return block
+
+
+def _unusable(checkpoint: Path, why: str) -> BadCheckpointError:
+    return BadCheckpointError(f"the kvshare block of {checkpoint} cannot be used", why, "convert the model again")
 
 
 def verify_form(checkpoint: Path) -> int:
@@ -66,29 +118,25 @@ def verify_form(checkpoint: Path) -> int:
 
     Raises:
         BadCheckpointError: they do not fit, one is missing, or heads are not repeated as the kvshare block says.
+        UnsupportedModelError: a model_type or numbers that kvshare does not know.
     """
     block, config = read_block(checkpoint), read_json(checkpoint / "config.json")
-    hidden = config.get("hidden_size")
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     family = family_of(str(config.get("model_type", ""))).located(specs)
+    geometry = geometry_of(config, family, str(checkpoint))
+    require_attention(specs, family, geometry, str(checkpoint))
+    if block["layers"] and block["layers"][-1] >= geometry.layers:
+        raise _unusable(checkpoint, f"it names layer {block['layers'][-1]}, and there are {geometry.layers}")
+    if block["form"] == "exact" and geometry.kv_heads * geometry.head_dim != geometry.hidden:
+        raise BadCheckpointError(
+            f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"
+        )
     for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config), strict=True):
-        pair = [specs.get(family.weight(layer, part)) for part in ("k", "v")]
-        if None in pair:
-            missing = family.weight(layer, "k" if pair[0] is None else "v")
-            raise BadCheckpointError(
-                f"the tensor {missing} is missing in {checkpoint}",
-                "what is cached is read through both projections",
-                "convert the model again",
-            )
         if block["form"] == "exact":
-            if {spec.shape for spec in pair if spec is not None} != {(hidden, hidden)}:
-                raise BadCheckpointError(
-                    f"layer {layer} of {checkpoint} is not square", "k_proj would have no inverse", "convert the model again"
-                )
             continue
-        key, value = (_bytes(checkpoint, spec) for spec in pair if spec is not None)
-        if family.fused and pair[0] is not None:
-            key, value = _thirds(key, pair[0].shape[0] if family.transposed else 1)
+        key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))
+        if family.fused:
+            key, value = _thirds(key, specs[family.weight(layer, "k")].shape[0] if family.transposed else 1)
         if key != value:
             raise BadCheckpointError(
                 f"K and V of layer {layer} differ in {checkpoint}",
@@ -97,7 +145,7 @@ def verify_form(checkpoint: Path) -> int:
             )
         for name in (family.weight(layer, "k"), family.bias(layer, "k"), family.bias(layer, "v")):
             if name in specs and repeat > 1:
-                check_repeats(name, _bytes(checkpoint, specs[name]), repeat, config["num_key_value_heads"])
+                check_repeats(name, _bytes(checkpoint, specs[name]), repeat, geometry.kv_heads)
     return len(block["layers"])
 
 
@@ -113,6 +161,21 @@ def _thirds(data: bytes, rows: int) -> tuple[bytes, bytes]:
     return parts[:, 1].numpy().tobytes(), parts[:, 2].numpy().tobytes()
 
 
+def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest of a checkpoint says of each file by its name: `size` in bytes and `sha256`.
+
+    Raises:
+        BadCheckpointError: there is no manifest, or it does not list files.
+    """
+    manifest = read_json(checkpoint / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and type(entry.get("size")) is int for entry in files.values()
+    ):
+        raise BadCheckpointError(f"{checkpoint / MANIFEST} cannot be used", "it does not list the files", "convert the model again")
+    return files
+
+
 def verify(checkpoint: str | Path) -> Verification:
     """Recompute every checksum of the manifest, and check that the weights of K and V fit the form.
 
@@ -123,16 +186,10 @@ def verify(checkpoint: str | Path) -> Verification:
         BadCheckpointError: a file is missing, was changed, or does not belong; or the weights do not fit the form.
     """
     folder = Path(checkpoint)
-    form = read_block(folder)["form"]
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values()
-    ):
-        raise BadCheckpointError(f"{folder / MANIFEST} cannot be used", "it does not list the files", "convert the model again")
+    form, files = read_block(folder)["form"], listed_files(folder)
     for name, entry in sorted(files.items()):
         file = folder / name
-        if Path(name).name != name or not file.is_file():
+        if Path(name).name != name or not is_file(file):
             raise BadCheckpointError(
                 f"the file {name} is missing in {folder}", "the manifest names it", "copy the checkpoint again"
             )

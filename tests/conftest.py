@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
+from hypothesis import settings
 from kvshare.cli import main
 
 import kvshare
@@ -28,6 +29,11 @@ from kvshare.planning import Plan
 from kvshare.recipe import Recipe
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
+
+# `pytest --hypothesis-profile=thorough` tries many more inputs, other ones every time.
+settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=600, deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("quick")
 
 torch.set_num_threads(1)  # small tensors: threads that wait for each other cost more than they bring
 transformers.utils.logging.disable_progress_bar()

@@ -15,11 +15,12 @@ CLI = ROOT.parent / "cli"
 # A layer imports those above it; modules of one line know nothing of each other.
 LAYERS = [
     ["errors"],
+    ["parsing"],
     ["sections", "families", "source", "budget", "repeats", "processes"],
     ["recipe", "mixture"],
-    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination"],
-    ["planning", "merge", "data"],
-    ["moments", "layout"],
+    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "geometry", "contamination"],
+    ["planning", "merge", "data", "native"],
+    ["moments", "layout", "duration"],
     ["activations"],
     ["streaming", "passes"],
     ["fit"],

@@ -97,8 +97,8 @@ def test_options_are_named_as_in_the_library(verb: str) -> None:
     options.pop("quiet")  # of the command line alone; the library shows nothing
     parameters = dict(inspect.signature(getattr(kvshare, VERBS[verb])).parameters)
     parameters.pop("progress", None)
-    if verb == "convert":
-        options.pop("dry_run")  # of the command line alone; the library has `plan`
+    if "dry_run" not in parameters:
+        options.pop("dry_run", None)  # of the command line alone; the library has `plan`
     assert options.keys() == parameters.keys()
     for name, option in options.items():
         if option.param_type_name == "option":
@@ -111,6 +111,9 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
     result = run("plan", "kvshare/tiny", "--kv-heads", "1/4", "--init", "mean", "--recipe", "quick", "--json")
     assert (result.code, result.err) == (0, "")
     values = json.loads(result.out)
+    seconds = values.pop("seconds")
+    assert seconds.keys() == {"starting", "copying", "writing text", "measuring"}  # of the text to measure on
+    assert all(0 <= stage < 3600 for stage in seconds.values())
     assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
     assert values.keys() == {
         *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
@@ -126,7 +129,7 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
 def test_plan_prints_a_table_for_people(run: Callable[..., Outcome]) -> None:
     result = run("plan", "kvshare/tiny")
     assert result.code == 0
-    for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8"):
+    for text in ("llama, 6 layers", "3.1 kB", "1.5 kB", "50.00%", "655,360 tokens", "instead of two of 8", "time on this machine"):
         assert text in result.out
 
 
@@ -136,6 +139,7 @@ def test_plan_of_a_budget_shows_its_bounds(run: Callable[..., Outcome]) -> None:
     for text in ("by layer", "at most 896 B", "at least 70.83%", "per-layer head counts are not native"):
         assert text in result.out
     values = json.loads(run("plan", "kvshare/tiny", "--cache-budget", "0.3", "--json").out)
+    assert values.pop("seconds")["choosing heads"] > 0
     assert values == kvshare.plan("kvshare/tiny", cache_budget=0.3).to_dict()
     assert (values["layer_heads"], values["cache_budget"]) == (None, 0.3)
 
@@ -241,11 +245,13 @@ def test_a_conversion_that_is_not_good_enough_is_not_published(
 ) -> None:
     text = ("--init", "mean", "--no-heal", "--eval-data", text_file, "--eval-tokens", "512", "-o", tmp_path / "out")
     asked = ("convert", source_folder("llama-gqa"), *text, "--max-perplexity-increase")
-    refused(run(*asked, "0"), 6, "not good enough", "at most +0.00%", "the work was removed")
-    assert not list(tmp_path.iterdir())
+    refused(run(*asked, "0"), 6, "not good enough", "at most +0.00%", "the work is kept")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.kvshare-work"]
     refused(run(*asked, "0.1", "--eval-mode", "off"), 2, "max_perplexity_increase = 0.1", "mode off")
     refused(run(*asked, "-1"), 2, "max_perplexity_increase")
-    assert run(*asked, "1000", "--eval-mode", "layers").code == 0
+    refused(run(*asked, "1000", "--eval-mode", "layers"), 2, "evaluation.mode differs", "--restart")
+    assert run(*asked, "1000", "--eval-mode", "layers", "--restart").code == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["perplexity_increase"] > 0
 
 
@@ -487,3 +493,28 @@ def test_progress_on_a_terminal_uses_no_colour_where_none_is_wanted(monkeypatch:
     assert all("measuring" in text and "2/2" in text for text in shown.values())
     assert re.search(r"\x1b\[[0-9;]*3[0-9]", shown["with"])
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9](?:;[0-9;]*)?m", shown["without"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("inspect", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would show 6 layers on 8,192 tokens"),
+        (("bench", "CHECKPOINT", "--against", "kvshare/tiny", "-o", "OUT"), "5 pairs each of 1 x 128, 1 x 512, 4 x 128, 4 x 512"),
+        (("recipes", "copy", "half", "OUT"), "would be the recipe half"),
+        (("calibrate", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would hold 6 layers for 8 KV heads"),
+        (("convert", "kvshare/tiny", "-o", "OUT", "--calibration", "TEXT"), "nothing was written; without --dry-run"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_dry_run_checks_and_writes_nothing(
+    words: tuple[str, ...], said: str, run: Callable[..., Outcome], checkpoint: Path, tmp_path: Path, text_file: str
+) -> None:
+    places = {"OUT": str(tmp_path / "out"), "TEXT": text_file, "CHECKPOINT": str(checkpoint)}
+    before = sorted(tmp_path.rglob("*"))
+    result = run(*(places.get(word, word) for word in words), "--dry-run")
+    assert (result.code, result.err) == (0, "")
+    assert said in result.out
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert run(*(places.get(word, word) for word in words), "--dry-run").code == 2  # what would be refused is refused

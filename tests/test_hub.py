@@ -54,7 +54,7 @@ class _Answers(BaseHTTPRequestHandler):
                 listed = {"id": "org/model", "modelId": "org/model", "sha": COMMIT, "private": False, "siblings": siblings}
             return self.send(json.dumps(listed).encode(), 200, {"Content-Type": "application/json"}, body)
         file = self.server.folder / path.rpartition("/")[2]
-        if not path.startswith("/org/model/resolve/") or not file.is_file():
+        if not path.startswith("/org/model/resolve/") or not os.path.isfile(file):
             return self.send(b"", 404, {"X-Error-Code": "EntryNotFound" if "org/model" in path else "RepoNotFound"}, body)
         content, headers, status = file.read_bytes(), {}, 200
         if wanted := self.headers.get("Range"):

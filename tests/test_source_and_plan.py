@@ -187,9 +187,16 @@ def test_pickled_weights_are_refused(single: Path) -> None:
 
 def test_a_stale_file_beside_the_index_is_never_read(sharded: Path) -> None:
     expected = kvshare.plan(sharded).to_dict()
-    for name in ("model-00099-of-00099.safetensors", SINGLE, "pytorch_model.bin"):
+    for name in ("model-00099-of-00099.safetensors", "pytorch_model.bin"):
         (sharded / name).write_bytes(b"left over from another download")
     assert kvshare.plan(sharded).to_dict() == expected
+
+
+@pytest.mark.parametrize("name", [SINGLE, "shard-00001-model-00001-of-00001.safetensors"])
+def test_weights_that_transformers_would_prefer_are_refused(sharded: Path, name: str) -> None:
+    """kvshare would merge the weights that the index names, and the model would be loaded with others."""
+    (sharded / name).write_bytes(b"left over from another download")
+    refusal(sharded, BadCheckpointError, name, "transformers would read that file")
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "missing"), ("{", "cannot be read"), ("[]", "JSON object")])

@@ -11,6 +11,7 @@ others, by any matrix F. Values are not rotated: A reads them from all of s.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,6 +41,26 @@ class GroupProblem:
     key_constant: bool = False
     value_constant: bool = False
     signs_only: bool = False
+
+    @cached_property
+    def key_side(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Target, E[k u^T] (g, D, n) and metric of the keys."""
+        return self.key_target, self.key_target @ self.keys, self.key_metric
+
+    @cached_property
+    def value_side(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Target, E[v u^T] (g, D, n) and metric of the values."""
+        return self.value_target, self.value_target @ self.values, self.value_metric
+
+    @cached_property
+    def energy(self) -> float:
+        """The weighted error of keeping nothing."""
+        return sum(float((metric @ cross * target).sum()) for target, cross, metric in (self.key_side, self.value_side))
+
+    @property
+    def keys_are_kept(self) -> bool:
+        """Whether B is the identity: any sign or scale of the keys of one head is undone by P."""
+        return self.heads == 1 and (self.signs_only or self.rotary_dim == self.width)
 
     @property
     def heads(self) -> int:
@@ -91,73 +112,101 @@ def gauge_matrix(z: Tensor) -> Tensor:
     return torch.cat([torch.cat([real, -imag], -1), torch.cat([imag, real], -1)], -2)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What one side's moments hold of s + constant = kept u.
+
+    Shapes: `kept` (D, n); `moved`, kept E[u u^T] (g or 1, D, n); `varied`, the same of P and u without constants
+    (g or 1, D, 2 g D); `noise`, the variance that rounding adds to each number of s (g or 1, D).
+    """
+
+    kept: Tensor
+    moved: Tensor
+    varied: Tensor
+    noise: Tensor
+
+    @property
+    def second(self) -> Tensor:
+        """E[(s + constant) (s + constant)^T], (g or 1, D, D)."""
+        return self.moved @ self.kept.T
+
+
 def read(problem: GroupProblem, projection: Tensor, key_constant: Tensor, value_constant: Tensor) -> GroupSolution:
     """The best B and A for P and the constants, and the loss that remains."""
-    key_readers = _key_readers(problem, with_constant(problem, projection, key_constant), projection)
-    readers = _value_readers(problem, with_constant(problem, projection, value_constant), projection)
-
-    def error(second: Tensor, metric: Tensor, missed: Tensor) -> float:
-        return float((metric @ missed @ second * missed).sum())
-
-    keys = problem.key_target - key_readers @ with_constant(problem, projection, key_constant)
-    values = problem.value_target - readers @ with_constant(problem, projection, value_constant)
-    rounded = float((value_gain(problem, readers) * _noise(problem, problem.values, projection)).sum())
-    if _reads_freely(problem):
-        rounded += float((key_gain(problem, key_readers) * _noise(problem, problem.keys, projection)).sum())
-    loss = error(problem.keys, problem.key_metric, keys) + error(problem.values, problem.value_metric, values) + rounded
-    energy = error(problem.keys, problem.key_metric, problem.key_target)
-    energy += error(problem.values, problem.value_metric, problem.value_target)
-    return GroupSolution(projection, key_readers, readers, key_constant, value_constant, loss, energy)
+    return read_with_slope(problem, projection, key_constant, value_constant)[0]
 
 
-def with_constant(problem: GroupProblem, projection: Tensor, constant: Tensor) -> Tensor:
-    """[P | constant] (D, n), or P where u has no constant entry."""
-    return torch.cat([projection, constant[:, None]], dim=1) if problem.keys.shape[-1] > problem.numbers else projection
+def read_with_slope(
+    problem: GroupProblem, projection: Tensor, key_constant: Tensor, value_constant: Tensor
+) -> tuple[GroupSolution, Tensor]:
+    """`read`, and the gradient of the loss in (P, key constant, value constant), B and A at their optimum; (D, 2 g D + 2)."""
+    n = problem.numbers
+    keys = _kept(problem, problem.keys, projection, key_constant)
+    values = _kept(problem, problem.values, projection, value_constant)
+    key_readers, readers = _key_readers(problem, keys), _value_readers(problem, values)
+    slope = projection.new_zeros(problem.width, n + 2)
+    loss = 0.0
+    for place, (kept, reader, gain, target, cross, metric, free) in enumerate(
+        (
+            (keys, key_readers, key_gain(problem, key_readers), *problem.key_side, problem.key_constant),
+            (values, readers, value_gain(problem, readers), *problem.value_side, problem.value_constant),
+        )
+    ):
+        as_it_is = place == 0 and problem.keys_are_kept
+        weighted = metric @ (cross - (kept.moved if as_it_is else reader @ kept.moved))  # metric E[missed u^T], (g, D, n)
+        missed = target - (kept.kept if as_it_is else reader @ kept.kept)
+        loss += float((weighted * missed).sum()) + float((gain * kept.noise).sum())
+        pull = -2 * (weighted if as_it_is else reader.transpose(1, 2) @ weighted).sum(0)  # (D, n)
+        slope[:, :n] += pull[:, :n] + 2 * ROUNDING * (gain[..., None] * kept.varied).sum(0)
+        if free:
+            slope[:, n + place] = pull[:, n]
+    return GroupSolution(projection, key_readers, readers, key_constant, value_constant, loss, problem.energy), slope
+
+
+def _kept(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> _Kept:
+    n = problem.numbers
+    kept = projection
+    if moments.shape[-1] > n:  # u has a constant entry
+        kept = torch.cat([projection, constant[:, None]], dim=1)
+    moved = kept @ moments
+    varied = moved[..., :n] - constant[:, None] * moments[:, n:, :n] if moments.shape[-1] > n else moved
+    return _Kept(kept, moved, varied, ROUNDING * (varied * projection).sum(-1))
 
 
 def value_gain(problem: GroupProblem, readers: Tensor) -> Tensor:
     """What noise of variance 1 in a number of s costs through the values, (g, D)."""
-    return torch.einsum("gji,gjk,gki->gi", readers, problem.value_metric, readers)
+    return ((problem.value_metric @ readers) * readers).sum(1)
 
 
 def key_gain(problem: GroupProblem, key_readers: Tensor) -> Tensor:
     """The same through keys that are read freely, (g, D). A pair is read by a scale, to which rounding is indifferent: zero."""
-    gain = torch.einsum("gji,gjk,gki->gi", key_readers, problem.key_metric, key_readers)
-    first_free = problem.rotary_dim if _reads_freely(problem) else problem.width
-    return torch.cat([torch.zeros_like(gain[:, :first_free]), gain[:, first_free:]], 1)
+    if problem.rotary_dim == problem.width or problem.signs_only:
+        return torch.zeros_like(key_readers[..., 0])
+    gain = ((problem.key_metric @ key_readers) * key_readers).sum(1)
+    return torch.cat([torch.zeros_like(gain[:, : problem.rotary_dim]), gain[:, problem.rotary_dim :]], 1)
 
 
-def _reads_freely(problem: GroupProblem) -> bool:
-    return problem.rotary_dim < problem.width and not problem.signs_only
-
-
-def _noise(problem: GroupProblem, moments: Tensor, projection: Tensor) -> Tensor:
-    """The variance that rounding adds to each number of s, (g or 1, D)."""
-    n = problem.numbers
-    return ROUNDING * torch.einsum("im,gmn,in->gi", projection, moments[:, :n, :n], projection)
-
-
-def _value_readers(problem: GroupProblem, kept: Tensor, projection: Tensor) -> Tensor:
-    """A = E[v s^T] (E[s s^T] + rounding)^-1, (g, D, D), with s + constant = kept u."""
-    cross = problem.value_target @ problem.values @ kept.T
-    second = kept @ problem.values @ kept.T + torch.diag_embed(_noise(problem, problem.values, projection))
+def _value_readers(problem: GroupProblem, kept: _Kept) -> Tensor:
+    """A = E[v s^T] (E[s s^T] + rounding)^-1, (g, D, D)."""
+    cross = problem.value_target @ kept.moved.transpose(1, 2)
+    second = kept.second + torch.diag_embed(kept.noise)
     return torch.linalg.solve(_batch_ridged(second), cross.transpose(1, 2)).transpose(1, 2)
 
 
-def _key_readers(problem: GroupProblem, kept: Tensor, projection: Tensor) -> Tensor:
+def _key_readers(problem: GroupProblem, kept: _Kept) -> Tensor:
     """B (g, D, D), z on rope pairs and F on the other numbers: least squares of the keys under the metric, which couples both."""
     r, heads = problem.rotary_dim, problem.heads
-    second = kept @ problem.keys @ kept.T  # E[s s^T] (g or 1, D, D)
-    cross = problem.key_target @ problem.keys @ kept.T  # E[k s^T] (g, D, D)
+    if problem.keys_are_kept:
+        return torch.eye(problem.width, dtype=kept.kept.dtype, device=kept.kept.device)[None]
+    second = kept.second
+    cross = problem.key_target @ kept.moved.transpose(1, 2)  # E[k s^T] (g, D, D)
     if problem.signs_only:
-        # one head: a sign is undone by P
-        diagonal = torch.ones_like(cross[..., 0]) if heads == 1 else signs(cross.diagonal(dim1=-2, dim2=-1), r)
-        return torch.diag_embed(diagonal)
+        return torch.diag_embed(signs(cross.diagonal(dim1=-2, dim2=-1), r))
     metric = problem.key_metric
     rotary, wanted = [(metric[:, :r, :r], second[:, :r, :r])], metric[:, :r, :r] @ cross[:, :r, :r]
     if r < problem.width:
         # With F at its best, the residuals of pairs cost what F cannot undo, through the metric (`carried`) or on the data.
-        free = second[:, r:, r:] + torch.diag_embed(_noise(problem, problem.keys, projection)[:, r:])
+        free = second[:, r:, r:] + torch.diag_embed(kept.noise[:, r:])
         free = _batch_ridged(free)  # E[s s^T] of the numbers that are not rotated
         explained = torch.linalg.solve(free, second[:, r:, :r])  # regression of the rotated numbers of s on the others
         carried = torch.linalg.solve(_batch_ridged(metric[:, r:, r:]), metric[:, r:, :r])  # (g, D - r, r)
@@ -169,7 +218,7 @@ def _key_readers(problem: GroupProblem, kept: Tensor, projection: Tensor) -> Ten
         ]
         wanted = wanted - undone @ cross[:, :r, :r] + metric[:, :r, r:] @ (carried @ left[:, :r] + left[:, r:])
     # one head: any z is undone by P, so s stays in the coordinates of its keys
-    z = torch.ones(1, r // 2, dtype=torch.complex128, device=kept.device) if heads == 1 else _scales(rotary, wanted)
+    z = torch.ones(1, r // 2, dtype=torch.complex128, device=second.device) if heads == 1 else _scales(rotary, wanted)
     turned = gauge_matrix(z)
     if r == problem.width:
         return turned

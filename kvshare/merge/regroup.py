@@ -9,9 +9,10 @@ Heads are renumbered: output head 0 serves the first group's query heads, and so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, product, repeat
 
 import torch
 from torch import Tensor
@@ -59,12 +60,16 @@ def solve_layer(
     if not joint:
         return [solve_in_turn(problem) for problem in problems]
     known: Sequence[GroupSolution | None] = starts or [None] * len(problems)
-    return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
+    # many small products: a head keeps one core busy, not all of them
+    workers = 1 if weights.k.is_cuda else min(len(problems), torch.get_num_threads())
+    if workers == 1:
+        return [solve_group(problem, iterations, start) for problem, start in zip(problems, known, strict=True)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(solve_group, problems, repeat(iterations), known))
 
 
 def layer_problems(weights: AttentionWeights, moments: Moments, balance: float = 1.0) -> list[GroupProblem]:
     """The problem of every output head of a layer, in float64; for the arguments see `solve_layer`."""
-    weights = weights.to(torch.float64)
     return [
         _problem(weights, group, keys, values, moments, balance)
         for group, keys, values in zip(moments.grouping, moments.keys, moments.values, strict=True)
@@ -74,14 +79,14 @@ def layer_problems(weights: AttentionWeights, moments: Moments, balance: float =
 def merge_svd(
     weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]
 ) -> tuple[AttentionWeights, MergeReport]:
-    """The weights of the shared layer, in float64, and what the merge lost.
+    """The weights of the shared layer and what the merge lost; in float64, but for queries that stay as they are.
 
     Args:
         weights: the source layer.
         grouping: the source KV heads of each output head.
         solutions: one per output head.
     """
-    merged = _assemble(weights.to(torch.float64), grouping, solutions)
+    merged = _assemble(weights, grouping, solutions)
     loss, energy = (sum(getattr(solution, name) for solution in solutions) for name in ("loss", "energy"))
     condition = max(float(torch.linalg.cond(solution.readers).max()) for solution in solutions)
     return merged, MergeReport(grouping, loss / max(energy, 1e-30), loss, condition)
@@ -138,7 +143,7 @@ def _problem(
     targets = torch.eye(numbers, keys.shape[-1], dtype=torch.float64, device=keys.device).view(2, count, width, -1)
     for target, bias in zip(targets, (weights.k_bias, weights.v_bias), strict=True):
         if bias is not None:
-            target[:, :, -1] = bias.view(heads, width)[list(group)]
+            target[:, :, -1] = bias.view(heads, width)[list(group)].double()
     return GroupProblem(
         keys,
         values,
@@ -223,31 +228,34 @@ def _exchanged(grouping: Grouping, cost: Callable[[tuple[int, ...]], float]) -> 
 
 
 def _assemble(weights: AttentionWeights, grouping: Grouping, solutions: Sequence[GroupSolution]) -> AttentionWeights:
-    """Fold the gauges into q, the readers into o, and lay the heads in their new order."""
-    width, heads, hidden = weights.head_dim, weights.kv_heads, weights.q.shape[1]
-    query_rows = weights.q.view(heads, -1, width, hidden)  # (kv heads, queries per kv head, head_dim, hidden)
-    query_bias = None if weights.q_bias is None else weights.q_bias.view(heads, -1, width)
-    out = weights.o.view(weights.o.shape[0], heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
-    keys, values = (part.view(heads, width, hidden) for part in (weights.k, weights.v))
+    """Fold the gauges into q, the readers into o, and lay the heads in their new order; a head at a time becomes float64."""
+    width, hidden, per_head = weights.head_dim, weights.q.shape[1], weights.query_heads // weights.kv_heads
+    identity = torch.eye(width, dtype=torch.float64, device=weights.q.device)
+    same = all(torch.equal(matrix, identity) for solution in solutions for matrix in solution.key_readers)
+    # keys that are kept, of heads that stay where they are: so do the queries, which are the largest matrix here
+    same = same and [head for group in grouping for head in group] == list(range(weights.kv_heads))
 
     shared, q, q_bias, o = [], [], [], []
     for group, solution in zip(grouping, solutions, strict=True):
-        index = torch.tensor(group, device=weights.q.device)
-        shared.append(solution.projection @ torch.stack([keys[index], values[index]]).view(-1, hidden))
-        matrices = solution.key_readers  # B (g, D, D): a score is q . B s = (B^T q) . s
-        q.append(torch.einsum("gij,gqih->gqjh", matrices, query_rows[index]).reshape(-1, hidden))
-        if query_bias is not None:
-            q_bias.append(torch.einsum("gij,gqi->gqj", matrices, query_bias[index]).flatten())
-        o.append(torch.einsum("ogqi,gij->ogqj", out[:, index], solution.readers).reshape(out.shape[0], -1))
+        heads = [part[head * width : (head + 1) * width].double() for part in (weights.k, weights.v) for head in group]
+        shared.append(solution.projection @ torch.cat(heads))
+        for head, matrix, reader in zip(group, solution.key_readers, solution.readers, strict=True):
+            queries = slice(head * per_head * width, (head + 1) * per_head * width)
+            if not same:
+                # a score is q . B s = (B^T q) . s
+                q.append((matrix.T @ weights.q[queries].double().view(per_head, width, hidden)).flatten(0, 1))
+                if weights.q_bias is not None:
+                    q_bias.append((weights.q_bias[queries].double().view(per_head, width) @ matrix).flatten())
+            o.append((weights.o[:, queries].double().reshape(-1, width) @ reader).view(weights.o.shape[0], -1))
 
     projection = torch.cat(shared)
     return replace(
         weights,
-        q=torch.cat(q),
+        q=weights.q if same else torch.cat(q),
         k=projection,
         v=projection,
         o=torch.cat(o, dim=1),
-        q_bias=torch.cat(q_bias) if q_bias else None,
+        q_bias=torch.cat(q_bias) if q_bias else weights.q_bias,
         k_bias=None if weights.k_bias is None else torch.cat([solution.key_constant for solution in solutions]),
         v_bias=None if weights.v_bias is None else torch.cat([solution.value_constant for solution in solutions]),
     )

@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvshare.merge import readers
-from kvshare.merge.readers import GroupProblem, GroupSolution, gauge_matrix, key_gain, read, signs, value_gain, with_constant
+from kvshare.merge.readers import RIDGE, GroupProblem, GroupSolution, gauge_matrix, read, read_with_slope, signs
 
 LEAST = 1e-9  # of the largest energy: directions of u with less do not occur
 ITERATIONS = 60
@@ -110,10 +109,9 @@ def _searched(problem: GroupProblem, start: GroupSolution, iterations: int) -> G
     def closure() -> float:
         nonlocal best
         values = torch.linalg.solve_triangular(left.T, variable.detach(), upper=True)
-        solution = read(problem, values[:, :rank] @ right.T, values[:, rank], values[:, rank + 1])
+        solution, slope = read_with_slope(problem, values[:, :rank] @ right.T, values[:, rank], values[:, rank + 1])
         if solution.loss < best.loss:
             best = solution
-        slope = _gradient(problem, solution)
         slope = torch.cat([slope[:, :n] @ right, slope[:, n:]], 1)
         variable.grad = (scale * torch.linalg.solve_triangular(left, slope, upper=False)).contiguous()
         return scale * solution.loss
@@ -142,41 +140,6 @@ def _round_coordinates(problem: GroupProblem, solution: GroupSolution) -> tuple[
     occurs = energies > LEAST * energies[-1]
     roots = energies[occurs].sqrt()
     return torch.linalg.cholesky(_symmetric(total)), directions[:, occurs] / roots, directions[:, occurs] * roots
-
-
-def _gradient(problem: GroupProblem, solution: GroupSolution) -> Tensor:
-    """Of the loss in (P, key constant, value constant), B and A at their optimum; (D, 2 g D + 2)."""
-    n = problem.numbers
-    total = torch.zeros(problem.width, n + 2, dtype=solution.readers.dtype, device=solution.readers.device)
-    for place, (reader, gain, constant, second, target, metric, free) in enumerate(
-        (
-            (
-                solution.key_readers,
-                key_gain(problem, solution.key_readers),
-                solution.key_constant,
-                problem.keys,
-                problem.key_target,
-                problem.key_metric,
-                problem.key_constant,
-            ),
-            (
-                solution.readers,
-                value_gain(problem, solution.readers),
-                solution.value_constant,
-                problem.values,
-                problem.value_target,
-                problem.value_metric,
-                problem.value_constant,
-            ),
-        )
-    ):
-        missed = target - reader @ with_constant(problem, solution.projection, constant)
-        slope = -2 * (reader.transpose(1, 2) @ metric @ missed @ second).sum(0)  # (D, n or n + 1)
-        rounded = solution.projection @ second[:, :n, :n]  # (g or 1, D, n)
-        total[:, :n] += slope[:, :n] + 2 * readers.ROUNDING * (gain[..., None] * rounded).sum(0)
-        if free:
-            total[:, n + place] = slope[:, n]
-    return total
 
 
 def _centred(problem: GroupProblem) -> tuple[GroupProblem, Tensor]:
@@ -353,7 +316,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _ridged(matrix: Tensor, ridge: float = readers.RIDGE) -> Tensor:
+def _ridged(matrix: Tensor, ridge: float = RIDGE) -> Tensor:
     diagonal = matrix.diagonal().mean().clamp_min(1e-30)
     return matrix + ridge * diagonal * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 

@@ -1,0 +1,118 @@
+"""How large the attention of a model is, and whether its tensors are.
+
+In: a config, a family, tensor headers. Out: a `Geometry`, or the error that names the field or tensor that does not fit.
+Never: reads weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvshare.errors import BadCheckpointError, UnsupportedModelError
+from kvshare.families import PARTS, Family, Part
+from kvshare.source import FLOATS, TensorSpec
+
+SHARED: tuple[Part, Part] = ("k", "v")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The counts and widths that the shapes of all projections follow from; `hidden` is hidden_size."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+    @property
+    def shapes(self) -> dict[Part, tuple[int, int]]:
+        """The (out, in) shape of each projection."""
+        queries, keys = self.query_heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q": (queries, self.hidden),
+            "k": (keys, self.hidden),
+            "v": (keys, self.hidden),
+            "o": (self.hidden, queries),
+        }
+
+
+def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geometry:
+    """What a config says of the attention.
+
+    Args:
+        config: the content of config.json.
+        family: of its model_type.
+        model: what to call it.
+
+    Raises:
+        BadCheckpointError: a field that is missing, no whole number or contradicts others; NaN or infinity in any field.
+    """
+    values = []
+    for key in map(family.field, ("num_hidden_layers", "num_attention_heads", "hidden_size")):
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise BadCheckpointError(
+                f"config.json of {model} has no usable {key}", f"it holds {value!r}", "download the model again"
+            )
+        values.append(value)
+    layers, query_heads, hidden = values
+    kv_heads = (config.get(family.kv_heads) if family.kv_heads else None) or query_heads
+    head_dim = config.get("head_dim") or hidden // query_heads
+    if not (type(kv_heads) is type(head_dim) is int) or min(kv_heads, head_dim) < 1 or query_heads % kv_heads or head_dim % 2:
+        raise BadCheckpointError(
+            f"config.json of {model} contradicts itself",
+            f"{query_heads} query heads, {kv_heads!r} KV heads and head_dim {head_dim!r} do not fit together",
+            "download the model again",
+        )
+    for key, value in config.items():
+        if not _finite(value):
+            raise BadCheckpointError(
+                f"config.json of {model} holds NaN or infinity", f"it stands in {key}", "download the model again"
+            )
+    return Geometry(layers, query_heads, kv_heads, head_dim, hidden)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
+
+
+def require_attention(tensors: Mapping[str, TensorSpec], family: Family, geometry: Geometry, model: str) -> None:
+    """Check that the projections of every layer are there, as large as the geometry says, in floating-point numbers.
+
+    Raises:
+        BadCheckpointError: a tensor is missing or has another shape, or K and V have different dtypes.
+        UnsupportedModelError: it holds other numbers.
+    """
+    for layer in range(geometry.layers):  # ends at the first that is missing, however many the config claims
+        for part in PARTS:
+            require_tensor(tensors, family.weight(layer, part), family.stored_shape(part, geometry.shapes), model)
+        key, value = (tensors[family.weight(layer, part)] for part in SHARED)
+        if key.dtype != value.dtype:
+            raise BadCheckpointError(
+                f"the tensors {key.name} and {value.name} are stored as {key.dtype} and {value.dtype}",
+                "what K and V share has one dtype",
+                "store the model in one dtype",
+            )
+
+
+def require_tensor(tensors: Mapping[str, TensorSpec], name: str, shape: tuple[int, ...], model: str) -> None:
+    """Check one tensor. Args and errors as for `require_attention`."""
+    spec = tensors.get(name)
+    if spec is None:
+        raise BadCheckpointError(
+            f"the tensor {name} is missing in {model}", "the family keeps its attention there", "download the model again"
+        )
+    if spec.shape != shape:
+        raise BadCheckpointError(
+            f"the tensor {name} has the shape {list(spec.shape)}", f"config.json asks for {list(shape)}", "download the model again"
+        )
+    if spec.dtype not in FLOATS:
+        raise UnsupportedModelError(
+            f"the tensor {name} is stored as {spec.dtype}", f"the merge reads {', '.join(FLOATS)}", "convert the unquantised model"
+        )

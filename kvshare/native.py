@@ -1,0 +1,101 @@
+"""What transformers makes of a model folder before a weight is read: its config, and the parameters that its class needs.
+
+In: a folder, tensor headers. Out: a transformers config, the native class; or the error that names the field or tensor.
+Never: reads weights, runs code that lies beside a model, lets a config choose code that is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvshare.errors import BadCheckpointError, UnsupportedModelError
+from kvshare.families import family_of
+from kvshare.geometry import geometry_of, require_attention
+from kvshare.parsing import is_file
+from kvshare.source import FLOATS, TensorSpec, read_json
+
+GENERATION = "generation_config.json"
+
+
+def read_config(folder: Path) -> Any:
+    """The config of a model folder, of transformers' own class.
+
+    How attention is computed is for whoever loads the model to say: a config may name a kernel, which is code from the Hub.
+
+    Raises:
+        BadCheckpointError: transformers cannot use config.json or generation_config.json.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config._attn_implementation = None
+        config._experts_implementation = None
+    except Exception as error:  # of many kinds, all of them about what the file says
+        raise _refused(folder / "config.json", error) from error
+    if is_file(folder / GENERATION):
+        try:
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # as above
+            raise _refused(folder / GENERATION, error) from error
+    return config
+
+
+def _refused(file: Path, error: Exception) -> BadCheckpointError:
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return BadCheckpointError(f"transformers cannot use {file}", said, "correct it, or download the model again")
+
+
+def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
+    """The class that stock transformers loads a folder with, after all that it needs was found in the headers.
+
+    Args:
+        folder: of the model.
+        tensors: by name, from its headers.
+
+    Raises:
+        BadCheckpointError: a config that cannot be used, a tensor that is missing or has another shape than the class gives it.
+        UnsupportedModelError: another family, or a tensor that holds no floating-point numbers.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    raw = read_json(folder / "config.json")
+    family = family_of(str(raw.get("model_type", ""))).located(tensors)
+    require_attention(tensors, family, geometry_of(raw, family, str(folder)), str(folder))  # so there is an end to what is made
+    config = read_config(folder)
+    try:
+        with no_init_weights(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            model.tie_weights()
+    except Exception as error:  # of many kinds, all of them about what the config says
+        raise _refused(folder / "config.json", error) from error
+    missing = []
+    for name, parameter in model.named_parameters():
+        # a base model's checkpoint lacks the first part of the names of its decoder
+        spec = tensors.get(name) or tensors.get(name.removeprefix(f"{model.base_model_prefix}."))
+        if spec is None:
+            missing.append(name)
+        elif spec.shape != tuple(parameter.shape):
+            raise BadCheckpointError(
+                f"the tensor {spec.name} of {folder} has the shape {list(spec.shape)}",
+                f"by its config, {type(model).__name__} needs {list(parameter.shape)}",
+                "download or convert the model again",
+            )
+        elif spec.dtype not in FLOATS:
+            raise UnsupportedModelError(
+                f"the tensor {spec.name} of {folder} is stored as {spec.dtype}",
+                f"kvshare reads {', '.join(FLOATS)}",
+                "give the unquantised model",
+            )
+    if missing:
+        raise BadCheckpointError(
+            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}",
+            "the model would compute with random numbers in their place",
+            "download or convert the model again",
+        )
+    return type(model)
