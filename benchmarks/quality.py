@@ -132,13 +132,13 @@ def within_budget(model: str, budget: float, options: argparse.Namespace) -> dic
     }
 
 
-def with_int8(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
-    """The source, or a converted checkpoint, with its cache held in 8 bits."""
+def quantised(model: str, folder: Path | None, bits: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The source, or a converted checkpoint, with its cache held in so many bits."""
     source = load_native(open_source(model).path, dtype=torch.float32)
     student = source if folder is None else kvshare.load(folder, dtype=torch.float32)
     settings = load_recipe(None, evaluation__data=options.eval_data, evaluation__tokens=options.eval_tokens).evaluation
     rows = evaluation_rows(settings, load_tokenizer(open_source(model).path), source, 0, silent)
-    report = compare_quantised(student, source, rows, 8, stored_bytes(open_source(model).path))
+    report = compare_quantised(student, source, rows, bits, stored_bytes(open_source(model).path))
     values = {name: getattr(report, name) for name in FIGURES if name != "source_perplexity"}
     return values | {"source_perplexity": report.perplexity / (1 + report.perplexity_increase)}
 
@@ -211,7 +211,7 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
         book.measure(f"mean {count} seed 0", lambda c=count: unhealed(model, "mean", c, 0, options))
         for seed in range(options.seeds):
             book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
-    book.measure("int8 cache", lambda: with_int8(model, None, options))
+    book.measure("int8 cache", lambda: quantised(model, None, 8, options))
     half = heads[0]
     try:
         kvshare.plan(model, init="exact")
@@ -219,7 +219,8 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
     except kvshare.KVShareError as error:
         print(f"no exact form: {error}")
     book.measure(
-        f"svd {half} + int8 cache", lambda: with_int8(model, converted(model, "svd", half, 0, options, options.train_data), options)
+        f"svd {half} + int8 cache",
+        lambda: quantised(model, converted(model, "svd", half, 0, options, options.train_data), 8, options),
     )
     if options.recall_model:
         measure_recall(book, options)

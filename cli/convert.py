@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
-from kvshare.cli.render import print_choice, print_json, print_plan, shown_progress
+from kvshare.cli.render import print_choice, print_json, print_plan, shown_progress, warn_of_contamination
 
 
 def run(
@@ -24,6 +24,7 @@ def run(
     eval_data: options.EvalData = None,
     eval_tokens: options.Tokens = None,
     eval_mode: options.EvalMode = None,
+    max_perplexity_increase: options.MaxPerplexityIncrease = None,
     seed: options.Seed = None,
     max_shard_size: options.MaxShardSize = None,
     overwrite: options.Overwrite = False,
@@ -53,6 +54,7 @@ def run(
             eval_data=eval_data,
             eval_tokens=eval_tokens,
             eval_mode=eval_mode,
+            max_perplexity_increase=max_perplexity_increase,
             seed=seed,
             max_shard_size=max_shard_size,
         )
@@ -82,6 +84,7 @@ def run(
                 eval_data=eval_data,
                 eval_tokens=eval_tokens,
                 eval_mode=eval_mode,
+                max_perplexity_increase=max_perplexity_increase,
                 seed=seed,
                 max_shard_size=max_shard_size,
                 overwrite=overwrite,
@@ -91,6 +94,7 @@ def run(
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from here, --restart begins again", err=True)
         raise
+    warn_of_contamination(result.contamination)
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})
         return

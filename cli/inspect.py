@@ -12,7 +12,7 @@ from kvshare.cli.render import print_inspection, print_json, shown_progress
 def run(
     model: options.Model,
     output: options.Output,
-    data: Annotated[str | None, typer.Option(help=f"Text to look at the model on. {options.DATA}, the default.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Text to look at the model on. {options.DATA}. The default is self.")] = None,
     tokens: Annotated[int | None, typer.Option(help="How much of it.")] = None,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,

@@ -23,7 +23,7 @@ KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a div
 CacheBudget = Annotated[
     float | None, typer.Option(help="The most of the cache to keep, such as 0.3: each layer gets what it is found to need.")
 ]
-DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
+DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
 Calibration = Annotated[str | None, typer.Option(help=f"Text for the merge. {DATA}.")]
 Tokens = Annotated[int | None, typer.Option(help="How much of it.")]
 Statistics = Annotated[str | None, typer.Option(help="A folder of `kvshare calibrate`, in place of text for the merge.")]
@@ -33,6 +33,10 @@ EvalData = Annotated[str | None, typer.Option(help="Held-out text for the final 
 EvalMode = Annotated[
     str | None,
     typer.Option(help="whole: both models in memory; layers: layer by layer, for models that do not fit; off: no measurement."),
+]
+MaxPerplexityIncrease = Annotated[
+    float | None,
+    typer.Option(help="Quality gate, such as 0.05: a result that is worse by more is not published (exit code 6)."),
 ]
 MaxShardSize = Annotated[
     str | None, typer.Option(help="The most of a weight file, such as 5GB; as the source's files when not given.")

@@ -21,6 +21,7 @@ def run(
     eval_data: options.EvalData = None,
     eval_tokens: options.Tokens = None,
     eval_mode: options.EvalMode = None,
+    max_perplexity_increase: options.MaxPerplexityIncrease = None,
     seed: options.Seed = None,
     max_shard_size: options.MaxShardSize = None,
     quiet: options.Quiet = False,
@@ -45,6 +46,7 @@ def run(
         eval_data=eval_data,
         eval_tokens=eval_tokens,
         eval_mode=eval_mode,
+        max_perplexity_increase=max_perplexity_increase,
         seed=seed,
         max_shard_size=max_shard_size,
     )

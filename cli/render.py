@@ -18,6 +18,7 @@ import typer
 from kvshare.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from kvshare.contamination import Contamination
     from kvshare.findings import Inspection
     from kvshare.sensitivity import Sensitivity
 
@@ -42,6 +43,16 @@ def print_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...
     # a file has no width: nothing in it is broken up or cut short to fit one
     # and names are shown as they are, brackets and all
     Console(width=None if sys.stdout.isatty() else FILE_WIDTH, markup=False, emoji=False).print(table)
+
+
+def warn_of_contamination(found: Contamination | None) -> None:
+    """On standard error, if held-out text shares runs of tokens with text that was trained on."""
+    if found is not None and found.shared_rows:
+        typer.echo(
+            f"warning: {found.fraction:.1%} of the evaluation's rows share a run of {found.tokens} tokens with text that was "
+            "calibrated or healed on; its figures may flatter",
+            err=True,
+        )
 
 
 def print_choice(sensitivity: Sensitivity) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from kvshare.card_plot import BY_LAYER, PLOT, draw_plot
-from kvshare.data import ENDINGS
 from kvshare.errors import BadCheckpointError
 from kvshare.families import family_of
+from kvshare.mixture import ENDINGS, named, parts_of
 from kvshare.parsing import is_file, parse_yaml, read_bytes
-from kvshare.recipe import CALIBRATED, SELF, Evaluation, Recipe
+from kvshare.recipe import CALIBRATED, Recipe
+from kvshare.sections import Evaluation
 from kvshare.source import Source, read_json
 
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
@@ -61,7 +62,7 @@ def with_datasets(matter: dict[str, Any], recipe: Recipe, heals: bool | None = N
         used.append(recipe.calibration.data)
     known = matter.get("datasets") or []
     names = list(known) if isinstance(known, list | tuple) else [known]
-    for data in used:
+    for data in [part.data for mixture in used for part in parts_of(mixture)]:
         # org/name[/config][:split]; a file has an ending, and the source's own text is no data set
         if "/" in data and not data.endswith(ENDINGS):
             name = "/".join(data.partition(":")[0].split("/")[:2])
@@ -167,7 +168,7 @@ def _results(block: dict[str, Any], report: dict[str, Any]) -> str:
         ),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    settings = block["recipe"]["evaluation"]
+    settings = _evaluation(block)
     length, usual = settings["sequence_length"], Evaluation().sequence_length
     note = f"\n\nThe table is of rows of {length} tokens; this command measures rows of {usual}." if length != usual else ""
     return f"{table}\n\nMeasured again by\n\n    {_command(block)}{note}"
@@ -183,15 +184,15 @@ def _spread(report: dict[str, Any], key: str, form: str) -> str:
 
 def _command(block: dict[str, Any]) -> str:
     """The command line that repeats the results; files are named without their folders."""
-    source, settings = block["source"], block["recipe"]["evaluation"]
+    source, settings = block["source"], _evaluation(block)
     against = f"{source['name']}@{source['commit']}" if source.get("commit") else source["name"]
-    words = ["--against", against, "--data", _named(settings["data"]), "--tokens", str(settings["tokens"])]
-    return f'kvshare eval "<this folder>" {shlex.join(words)} --seed {block["seed"]}'
+    words = ["--against", against, "--data", named(settings["data"]), "--tokens", str(settings["tokens"])]
+    return f'kvshare eval "<this folder>" {shlex.join(words)} --seed {settings["seed"]}'
 
 
-def _named(data: str) -> str:
-    """A DATA argument, a file without its folder."""
-    return Path(data).name if data != SELF and data.endswith(ENDINGS) else data
+def _evaluation(block: dict[str, Any]) -> dict[str, Any]:
+    """On what the figures were taken: as `heal` was told where it measured, else as the conversion was."""
+    return block.get("evaluation") or {**block["recipe"]["evaluation"], "seed": block["seed"]}
 
 
 def _loading(config: dict[str, Any]) -> str:
@@ -236,6 +237,6 @@ def _recipe(block: dict[str, Any]) -> str:
 
 def _without_folders(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_folders(value) if isinstance(value, dict) else _named(value) if key == "data" else value
+        key: _without_folders(value) if isinstance(value, dict) else named(value) if key == "data" else value
         for key, value in settings.items()
     }

@@ -233,6 +233,8 @@ def workspace(output: Path, resumable: bool = False) -> Iterator[Path]:
         output: what is made in it.
         resumable: whether the work of a run that breaks off stays, for the same command to go on with.
 
+    An error that a user is to act on keeps it only if it says so (`keeps_work`).
+
     Raises:
         UsageError: another run writes the same output.
         UnfinishedWorkError: there is resumable work in the folder, and this command is not.
@@ -273,7 +275,7 @@ def workspace(output: Path, resumable: bool = False) -> Iterator[Path]:
         keep = True
         raise
     except BaseException as error:
-        keep = resumable and not isinstance(error, KVShareError)
+        keep = resumable and (not isinstance(error, KVShareError) or error.keeps_work)
         raise
     finally:
         if not keep:

@@ -5,6 +5,7 @@ In: a model and settings. Out: a checkpoint folder with its report. Never: leave
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__
+from kvshare import __version__, processes
 from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     MANIFEST,
@@ -27,31 +28,40 @@ from kvshare.checkpoint import (
     write_files,
     write_json,
 )
-from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
-from kvshare.evaluation import Report, compare, evaluation_rows, forward_of, stored_bytes
+from kvshare.contamination import Contamination, contamination
+from kvshare.data import SelfCache, calibration_rows, check_data, check_tokenizer, load_tokenizer
+from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
-from kvshare.healing import HealResult, carry_files, heal_into, heal_rows
+from kvshare.healing import carry_files, heal_into, heal_rows
 from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal
 from kvshare.layerwise import LayerReport
-from kvshare.loading import load, load_native, reload
+from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
-from kvshare.merged import layer_reports, named, weight_sums, write_merged
+from kvshare.merged import layer_reports, weight_sums, write_merged
+from kvshare.mixture import parts_of
 from kvshare.native import native_class
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used
+from kvshare.quality import check_quality, measure
+from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used, made_by
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
 from kvshare.statistics import open_statistics
+from kvshare.training import HealResult, check_healing
 
-SENSITIVITY, MERGED, HEALED, MEASURED = "sensitivity", "merged", "healed", "measured"  # the stages, as the journal names them
+# the stages, as the journal names them
+CONTAMINATION, SENSITIVITY, MERGED, HEALED, MEASURED = "contamination", "sensitivity", "merged", "healed", "measured"
+BETTER = (
+    "the same command with a higher limit publishes this result; with --restart, more KV heads, init learned or more healing may "
+    "give a better one"
+)
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What a conversion did: its plan, what a cache budget's choice rests on, one report per merged layer (none for `mean`),
-    the healing if any, the measurement.
+    the healing if any, the measurement, and what its text shares with that of calibration and healing.
     """
 
     output: Path
@@ -60,6 +70,7 @@ class Conversion:
     layers: tuple[LayerReport, ...] | tuple[ExactLayer, ...]
     heal: HealResult | None
     report: Report | None
+    contamination: Contamination | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data: the evaluation's figures, if any, at the top level, the rest below. This is report.json."""
@@ -68,6 +79,7 @@ class Conversion:
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "heal": None if self.heal is None else self.heal.to_dict(),
+            "contamination": None if self.contamination is None else self.contamination.to_dict(),
         }
 
 
@@ -88,6 +100,7 @@ def convert(
     eval_data: str | None = None,
     eval_tokens: int | None = None,
     eval_mode: str | None = None,
+    max_perplexity_increase: float | None = None,
     seed: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -110,6 +123,7 @@ def convert(
         heal_data, heal_tokens: text to distil on; the calibration's data where only that is given.
         eval_data, eval_tokens: held-out text for the final measurement.
         eval_mode: `whole`, with both models in memory; `layers`, layer by layer; or `off`.
+        max_perplexity_increase: the quality gate, such as 0.05; a result that is worse is not published.
         seed: decides samples, order of data and initial LoRA weights.
         max_shard_size: the most bytes of a weight file, such as `5GB`; None keeps the files of the source.
         overwrite: replace an output that kvshare wrote.
@@ -118,8 +132,10 @@ def convert(
 
     Raises:
         KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind, but where the
-            disk became full: then what is finished stays, and the same call goes on with it.
+            disk became full or training diverged: then what is finished stays, and the same call goes on with it.
+        QualityError: the result does not pass the quality gate; it stays, and the same call with a higher limit publishes it.
     """
+    processes.require_one("convert")
     settings = conversion_recipe(
         recipe,
         init,
@@ -135,6 +151,7 @@ def convert(
         eval_tokens,
         eval_mode,
         seed,
+        max_perplexity_increase,
     )
     target = Path(output)
     source = open_source(model)
@@ -148,6 +165,8 @@ def convert(
         if not is_published(target, journal.entries):
             staged = _make(work, plan, tokenizer, journal, progress)
             result = _conversion(target, plan, checked, journal)
+            if result.report is not None:
+                check_quality(result.report, settings.evaluation, f"and the work is kept in {work}", BETTER, keeps_work=True)
             write_json(staged / "report.json", result.to_dict())
             matter = card_matter(source, plan.recipe)
             write_files(staged, card_files(read_json(staged / "config.json"), matter, result.to_dict()))
@@ -167,6 +186,8 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     if plan.recipe.calibration.statistics is not None:
         open_statistics(plan.recipe.calibration.statistics, plan)
     native_class(plan.source.path, plan.source.tensors)
+    if plan.recipe.heal.enabled:
+        check_healing(plan.recipe.heal, plan.family)
     tokenizer = load_tokenizer(plan.source.path)
     for data in data_used(plan.recipe):
         check_data(data)
@@ -183,8 +204,8 @@ def _job(plan: Plan) -> dict[str, Any]:
         {
             "command": "convert",
             "source": plan.source.fingerprint,
-            "recipe": plan.recipe.model_dump(mode="json"),
-            "text": {data: content_of(data) for data in sorted(set(data_used(plan.recipe)))},
+            "recipe": made_by(plan.recipe),
+            "text": {part.data: content_of(part.data) for data in sorted(data_used(plan.recipe)) for part in parts_of(data)},
             "statistics": None if statistics is None else sha256(Path(statistics) / MANIFEST),
             "files": list(plan.files),
             "kvshare": __version__,
@@ -209,11 +230,18 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     rows = None
     if calibrates(settings) and MERGED not in journal:
         rows = calibration_rows(settings, tokenizer, teacher, progress)
+    held_out = _held_out(settings, tokenizer, teacher, progress)
+    cache = SelfCache(work, json.dumps(plan.source.fingerprint))
+    if CONTAMINATION not in journal:
+        trained = [] if rows is None else [rows]
+        if settings.heal.enabled and held_out is not None:
+            trained.append(heal_rows(settings, tokenizer, teacher, progress, cache))
+        found = None if held_out is None else contamination(held_out, trained)
+        journal.record(CONTAMINATION, None if found is None else asdict(found))
     if settings.cache_budget is not None and SENSITIVITY not in journal:
         assert rows is not None
         journal.record(SENSITIVITY, asdict(measure_sensitivity(teacher, plan, rows, device, progress)))
     plan = _chosen(plan, journal)
-    held_out = _held_out(settings, tokenizer, teacher, progress)
     if not needs_whole(settings, writes=False):
         teacher = None  # it has written its text: what follows takes a layer at a time
     staged = work / "merged"
@@ -223,7 +251,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     if settings.heal.enabled:
         merged, staged = staged, work / "healed"
         if HEALED not in journal:
-            rows = heal_rows(settings, tokenizer, teacher, progress)
+            rows = heal_rows(settings, tokenizer, teacher, progress, cache)
             training = work / "training"
             training.mkdir(exist_ok=True)
             healed = heal_into(fresh_folder(staged), merged, teacher, rows, settings, training, True, progress)
@@ -232,7 +260,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     reload(staged, {t.name: (t.dtype, t.shape) for t in plan.tensors}, [t.name for t in plan.tensors if t.action == "merge"])
     if settings.evaluation.mode == "whole" and MEASURED not in journal:
         assert held_out is not None
-        journal.record(MEASURED, asdict(_measure(staged, teacher, held_out, settings, progress)))
+        journal.record(MEASURED, asdict(measure(staged, teacher, held_out, settings.evaluation.data, progress)))
     return staged
 
 
@@ -254,6 +282,7 @@ def _conversion(target: Path, plan: Plan, checked: tuple[ExactLayer, ...], journ
         checked or layer_reports(plan, journal),
         journal.result(HEALED, HealResult) if HEALED in journal else None,
         journal.result(entry, Report | None),  # type: ignore[arg-type]
+        journal.result(CONTAMINATION, Contamination | None),  # type: ignore[arg-type]
     )
 
 
@@ -262,9 +291,3 @@ def _held_out(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress) 
     if recipe.evaluation.mode == "off":
         return None
     return evaluation_rows(recipe.evaluation, tokenizer, teacher, recipe.seed, progress)
-
-
-def _measure(folder: Path, teacher: Any, rows: Tensor, recipe: Recipe, progress: Progress) -> Report:
-    model = load(folder, dtype=torch.float32).to(next(teacher.parameters()).device)
-    data = named(recipe.evaluation.data)
-    return compare(model, teacher, rows, data, stored_bytes(folder), progress, forward_of(folder, model))

@@ -1,15 +1,20 @@
 """Text in, rows of token ids out.
 
 In: a DATA argument: a `.txt` (documents separated by `<|endoftext|>`), `.jsonl` or `.parquet` file with a `text` field, a
-`datasets` id (`org/name[/config][:split]`), or `self`, text that the source model writes. Out: rows of equally many token ids.
+`datasets` id (`org/name[/config][:split]`), `self`, text that the source model writes, or a mixture of these with weights
+(`a.jsonl=3,self=1`). Out: rows of equally many token ids.
 Never: pads, truncates a document to fit, runs code that lies beside a data set.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +23,11 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import UsageError
+from kvshare.mixture import ENDINGS, parts_of, turns, uses_self
 from kvshare.parsing import MAX_BYTES, is_file, parse_json
 from kvshare.progress import Progress, silent
-from kvshare.recipe import SELF, Recipe
+from kvshare.recipe import Recipe
+from kvshare.sections import SELF
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -30,17 +37,22 @@ SEPARATOR = "<|endoftext|>"
 SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
+PART_SEED = 104_729  # how far the seeds of a mixture's parts lie apart
 LONGEST_DOCUMENT = 1 << 23  # characters; a tokenizer takes 150 bytes for each
-ENDINGS = (".txt", ".jsonl", ".parquet")
-FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'"
+FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
 
 
 def check_data(data: str) -> None:
     """Refuse a DATA argument that cannot be read, before anything is spent on it.
 
     Raises:
-        UsageError: no such file, an unknown ending, or not of the form of a datasets id.
+        UsageError: no such file, an unknown ending, not of the form of a datasets id, or a mixture that cannot be read.
     """
+    for part in parts_of(data):
+        _check_text(part.data)
+
+
+def _check_text(data: str) -> None:
     path, exists = Path(data), os.path.exists(data)
     identifier = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", data)
     # A configuration may hold a dot, as in wikimedia/wikipedia/20231101.en; elsewhere a dot is the ending of a file.
@@ -57,12 +69,12 @@ def documents(data: str, seed: int | None = None) -> Iterator[str]:
     than 8 million characters, such as a large file without separators, comes as several: no tokenizer takes it at once.
 
     Args:
-        data: any DATA argument but `self`.
+        data: any DATA argument but `self` and mixtures.
 
     Raises:
         UsageError: the data cannot be read or has no `text` field.
     """
-    check_data(data)
+    _check_text(data)
     try:
         stream = _stream(data)
         if seed is not None:
@@ -142,13 +154,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
     Raises:
         UsageError: no end-of-sequence token (for text), neither a beginning- nor an end-of-sequence token (for `self`).
     """
-    if data == SELF and start_token(tokenizer) is None:
+    if uses_self(data) and start_token(tokenizer) is None:
         raise UsageError(
             "the source model cannot write text by itself",
             "its tokenizer has neither a bos nor an eos token to begin with",
             "give text instead of 'self'",
         )
-    if data != SELF and tokenizer.eos_token_id is None:
+    if any(part.data != SELF for part in parts_of(data)) and tokenizer.eos_token_id is None:
         raise UsageError(
             "documents cannot be separated", "the tokenizer has no eos token", "set eos_token in tokenizer_config.json"
         )
@@ -165,7 +177,7 @@ def token_rows(
     """Pack documents, each closed by eos, into rows without padding.
 
     Args:
-        data: any DATA argument but `self`.
+        data: any DATA argument but `self` and mixtures.
         tokens: how many are wanted; fewer come back when the data holds fewer and `repeat` is off.
         length: tokens per row.
         seed: shuffles the documents; None keeps their order.
@@ -268,6 +280,21 @@ def rows_per_forward(length: int, vocabulary: int) -> int:
     return max(1, LOGIT_BYTES // (length * vocabulary * 4 * 4))
 
 
+@dataclass(frozen=True)
+class SelfCache:
+    """Where text that a model wrote is kept, so that the same is not written again; `model` identifies the model."""
+
+    folder: Path
+    model: str
+
+    def file(self, tokens: int, length: int, seed: int) -> Path:
+        """The file of the text that these settings give with the libraries at hand."""
+        import transformers
+
+        made_by = [self.model, tokens, length, seed, torch.__version__, transformers.__version__]
+        return self.folder / f"self-{hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:16]}.safetensors"
+
+
 def load_rows(
     data: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -278,13 +305,51 @@ def load_rows(
     shuffle: bool = True,
     repeat: bool = False,
     progress: Progress = silent,
+    cache: SelfCache | None = None,
 ) -> Tensor:
-    """Rows from any DATA argument; `model`, the source, is needed for `self` alone. See `token_rows` and `self_rows`."""
-    if data == SELF:
-        if model is None:
+    """Rows from any DATA argument; `model`, the source, is needed for `self` alone. See `token_rows` and `self_rows`.
+
+    The rows of a mixture take turns by weight, each text in its own order; where one is used up and does not `repeat`, they end.
+    """
+    parts = parts_of(data)
+    order = turns([part.share for part in parts], max(1, tokens // length))
+    streams: list[list[Tensor]] = []
+    for index, part in enumerate(parts):
+        wanted, own_seed = order.count(index) * length, seed + PART_SEED * index
+        if not wanted:
+            streams.append([])
+        elif part.data != SELF:
+            streams.append([*token_rows(part.data, tokenizer, wanted, length, own_seed if shuffle else None, repeat)])
+        elif model is None:
             raise ValueError("'self' needs the source model")
-        return self_rows(model, tokenizer, tokens, length, seed, partial(progress, "writing text with the source model"))
-    return token_rows(data, tokenizer, tokens, length, seed if shuffle else None, repeat)
+        else:
+            streams.append([*_written_rows(model, tokenizer, wanted, length, own_seed, progress, cache)])
+    remaining = [iter(stream) for stream in streams]
+    rows = list(itertools.takewhile(lambda row: row is not None, (next(remaining[turn], None) for turn in order)))
+    return torch.stack([row for row in rows if row is not None])
+
+
+def _written_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+    cache: SelfCache | None,
+) -> Tensor:
+    """The rows of `self_rows`, read where they were kept, and kept where they were written."""
+    from safetensors.torch import load_file, save_file
+
+    kept = None if cache is None else cache.file(tokens, length, seed)
+    if kept is not None and kept.is_file():
+        return load_file(kept)["rows"]
+    rows = self_rows(model, tokenizer, tokens, length, seed, partial(progress, "writing text with the source model"))
+    if kept is not None:
+        beside = kept.with_suffix(".part")
+        save_file({"rows": rows}, beside)
+        os.replace(beside, kept)
+    return rows
 
 
 def calibration_rows(

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable
 
 from kvshare.budget import divisors
+from kvshare.mixture import share_of_self
 from kvshare.planning import Plan
-from kvshare.recipe import SELF, calibrates, data_used
+from kvshare.recipe import calibrates, data_used
 
 TIMED = 4e9  # operations of the product that is timed
 ROWS = (32, 2_048)  # of it, least and most
@@ -89,13 +90,13 @@ def stage_operations(plan: Plan) -> dict[str, float]:
 
     calibration, heal, evaluation = recipe.calibration, recipe.heal, recipe.evaluation
     written = [
-        (settings.tokens, settings.sequence_length)
+        (round(settings.tokens * share_of_self(settings.data)), settings.sequence_length)
         for settings, happens in (
             (calibration, calibrates(recipe)),
             (heal, heal.enabled),
             (evaluation, evaluation.mode != "off"),
         )
-        if happens and settings.data == SELF
+        if happens
     ]
     operations = {
         "writing text": WRITING * sum(forward(tokens, length) + 2 * tokens * head for tokens, length in written),

@@ -16,17 +16,23 @@ class KVShareError(Exception):
     """A refusal or a failure with its reason and its remedy. `exit_code` is what the command line returns.
 
     Each of the three is one line: names in it may come from a stranger's file, and are neither obeyed by a terminal nor endless.
+    `keeps_work` says that unfinished work is worth going on with, where a command can.
     """
 
     exit_code = 2
 
-    def __init__(self, what: str, why: str, fix: str) -> None:
+    def __init__(self, what: str, why: str, fix: str, keeps_work: bool = False) -> None:
         self.what, self.why, self.fix = (_one_line(text) for text in (what, why, fix))
+        self.keeps_work = keeps_work
         super().__init__(f"{self.what}\n  why: {self.why}\n  do:  {self.fix}")
 
 
 class UsageError(KVShareError):
     """An argument, a recipe or a data set that cannot be used (exit code 2)."""
+
+
+class TrainingError(KVShareError):
+    """Training that cannot start, or that came to nothing (exit code 2)."""
 
 
 class UnfinishedWorkError(UsageError):

@@ -18,12 +18,14 @@ from kvshare.errors import UsageError
 from kvshare.exact import through_cache
 from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities
 from kvshare.loading import Forward, load, load_native, plain_forward
+from kvshare.mixture import uses_self
 from kvshare.native import read_config
 from kvshare.positions import PositionFigures, by_position
 from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
 from kvshare.quantised import quantised_bytes, through_quantised_cache
-from kvshare.recipe import SELF, Evaluation, Probes, load_recipe, settings_of
+from kvshare.recipe import Probes, load_recipe, settings_of
+from kvshare.sections import Evaluation
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
 from kvshare.tensors import DTYPES
 from kvshare.verification import read_block
@@ -182,7 +184,7 @@ def evaluate(
     check_probes(probes, longest)
 
     def read(length: int) -> Tensor:
-        fitting = min(length, longest) if recipe.evaluation.data == SELF else length  # a model writes no more than it can read
+        fitting = min(length, longest) if uses_self(recipe.evaluation.data) else length  # a model writes no more than it can read
         settings = recipe.evaluation.model_copy(update={"sequence_length": fitting})
         return evaluation_rows(settings, tokenizer, teacher, recipe.seed, progress)
 

@@ -18,7 +18,7 @@ from kvshare.activations import LayerCall
 from kvshare.families import Family
 from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
-from kvshare.recipe import Fit
+from kvshare.sections import Fit
 
 WARMUP = 0.05  # fraction of the steps
 HELD_OUT = 1 / 16  # of the rows are not trained on

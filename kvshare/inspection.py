@@ -21,12 +21,13 @@ from kvshare.findings import Inspection, LayerFigures, LayerOption
 from kvshare.layerwise import Solved, solve_alone
 from kvshare.loading import load_native
 from kvshare.merge.regroup import layer_problems
+from kvshare.mixture import named, uses_self
 from kvshare.page import render_page
 from kvshare.passes import attention_of, source_pass
 from kvshare.planning import Plan, make_plan
 from kvshare.plots import draw, png, svg
 from kvshare.progress import Progress, silent
-from kvshare.recipe import INSPECTED_TOKENS, SELF, load_recipe
+from kvshare.recipe import INSPECTED_TOKENS, load_recipe
 from kvshare.sensitivity import per_energy
 from kvshare.source import ITEM_BYTES, open_source
 from kvshare.spectra import HeadFigures, head_figures, joint_energies
@@ -63,7 +64,7 @@ def inspect(
 
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        writer = load_native(source.path, dtype=torch.float32).to(device) if settings.data == SELF else None
+        writer = load_native(source.path, dtype=torch.float32).to(device) if uses_self(settings.data) else None
         rows = calibration_rows(recipe, tokenizer, writer, progress)
         del writer  # what follows takes a layer at a time
         layers = tuple(inspect_layers(open_skeleton(source, plan.family), plan, rows, device, progress))
@@ -78,7 +79,7 @@ def inspect(
             int(source.config[plan.family.field("hidden_size")]),
             8 * ITEM_BYTES[source.tensors[plan.family.weight(0, "k")].dtype],
             plan.family.kv_heads is not None,
-            Path(settings.data).name if Path(settings.data).is_file() else settings.data,
+            named(settings.data),
             rows.numel(),
             recipe.seed,
             layers,

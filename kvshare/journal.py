@@ -20,6 +20,7 @@ from kvshare.parsing import is_file
 
 JOURNAL = "journal.jsonl"
 JOB = "job"
+RESTART = "pass --restart to begin again"
 MISSING = "nothing"  # what a job without a field has there
 
 Result = TypeVar("Result")
@@ -54,17 +55,18 @@ class Journal:
             raise BadCheckpointError(
                 f"the entry {name!r} of {self.file} cannot be used",
                 str(error).splitlines()[0],
-                "pass --restart to begin again",
+                RESTART,
             ) from None
 
 
-def open_journal(work: Path, job: Mapping[str, Any], restart: bool) -> Journal:
+def open_journal(work: Path, job: Mapping[str, Any], restart: bool, otherwise: str = RESTART) -> Journal:
     """The journal of a job in its work folder, with what an earlier run has finished.
 
     Args:
         work: the folder; its lock is held.
         job: what decides the output, as flat JSON data by dotted field.
         restart: forget what was finished.
+        otherwise: what a user does who does not want the earlier job.
 
     Raises:
         UnfinishedWorkError: the folder holds unfinished work of another job; the first field that differs is named.
@@ -72,7 +74,7 @@ def open_journal(work: Path, job: Mapping[str, Any], restart: bool) -> Journal:
     file = work / JOURNAL
     entries = {} if restart else read_journal(file)
     if JOB in entries:
-        check_same(entries[JOB], job, work)
+        check_same(entries[JOB], job, work, otherwise)
         _cut(file)
         return Journal(file, entries)
     file.unlink(missing_ok=True)
@@ -106,7 +108,7 @@ def _cut(file: Path) -> None:
         os.truncate(file, content.rfind(b"\n") + 1)
 
 
-def check_same(earlier: Mapping[str, Any], job: Mapping[str, Any], work: Path) -> None:
+def check_same(earlier: Mapping[str, Any], job: Mapping[str, Any], work: Path, otherwise: str = RESTART) -> None:
     """Refuse to go on with another job.
 
     Raises:
@@ -118,7 +120,7 @@ def check_same(earlier: Mapping[str, Any], job: Mapping[str, Any], work: Path) -
             raise UnfinishedWorkError(
                 f"{work} holds unfinished work of another run: {field} differs",
                 f"it was {before!r} and is now {now!r}",
-                "repeat the earlier settings to go on with it, or pass --restart to begin again",
+                f"repeat the earlier settings to go on with it, or {otherwise}",
             )
 
 

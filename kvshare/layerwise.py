@@ -25,20 +25,13 @@ from kvshare.layout import pack, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
-from kvshare.merge.regroup import (
-    MergeReport,
-    choose_grouping,
-    divided,
-    merge_svd,
-    pair_losses,
-    search_grouping,
-    solve_layer,
-)
+from kvshare.merge.regroup import MergeReport, choose_grouping, divided, merge_svd, pair_losses, search_grouping, solve_layer
 from kvshare.moments import MomentSums, Weighting, fits_apart
 from kvshare.passes import advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
 from kvshare.progress import Progress
-from kvshare.recipe import Merge, Recipe
+from kvshare.recipe import Recipe
+from kvshare.sections import Merge
 from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 

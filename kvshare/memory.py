@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvshare.recipe import SELF, Recipe, calibrates, data_used
+from kvshare.mixture import uses_self
+from kvshare.recipe import Recipe, calibrates, data_used
 from kvshare.source import ITEM_BYTES, TensorSpec
 
 LIBRARIES = 1_200_000_000  # torch and transformers, tokens, the parts of attention that moments are taken of
@@ -23,7 +24,7 @@ def needs_whole(recipe: Recipe, writes: bool | None = None) -> bool:
         writes: whether it is to write text; None as the recipe says.
     """
     if writes is None:
-        writes = SELF in data_used(recipe)
+        writes = any(uses_self(data) for data in data_used(recipe))
     return writes or recipe.heal.enabled or recipe.cache_budget is not None or recipe.evaluation.mode == "whole"
 
 

@@ -29,7 +29,8 @@ from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
 from kvshare.planning import Plan
 from kvshare.progress import Progress
-from kvshare.recipe import SELF
+from kvshare.quality import named_text
+from kvshare.recipe import made_by
 from kvshare.runtime import MODELING_FILE
 from kvshare.source import CARRIED_FILES, TensorSpec, read_header
 from kvshare.statistics import open_statistics, read_moments
@@ -151,7 +152,7 @@ def _merge(
     if streams is None:
         return None
     cache = (float(plan.cache_bytes_per_token), float(plan.source_cache_bytes_per_token))
-    return streams.report(named(plan.recipe.evaluation.data), *cache)
+    return streams.report(named_text(plan.recipe.evaluation.data), *cache)
 
 
 def _keep_layer(layer: int, names: Sequence[str], report: LayerReport | None, writer: WeightWriter, journal: Journal) -> None:
@@ -278,7 +279,7 @@ def _block(plan: Plan) -> dict[str, Any]:
         "transformers": transformers.__version__,
         **_shared_layers(plan),
         "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": made_by(plan.recipe),
         "seed": plan.recipe.seed,
         "healed_tokens": 0,
     }
@@ -289,10 +290,3 @@ def _shared_layers(plan: Plan) -> dict[str, list[int]]:
     assert plan.layer_heads is not None
     shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
     return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}
-
-
-def named(data: str) -> str:
-    """What the report calls the text: a file's name without its folder."""
-    if data == SELF:
-        return "text written by the source"
-    return Path(data).name if Path(data).is_file() else data

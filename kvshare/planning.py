@@ -183,6 +183,7 @@ def plan(
     eval_data: str | None = None,
     eval_tokens: int | None = None,
     eval_mode: str | None = None,
+    max_perplexity_increase: float | None = None,
     seed: int | None = None,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -208,6 +209,7 @@ def plan(
         eval_tokens,
         eval_mode,
         seed,
+        max_perplexity_increase,
     )
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     return make_plan(describe(model), settings, max_shard_bytes=most)

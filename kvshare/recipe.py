@@ -1,4 +1,4 @@
-"""The settings of a conversion: every default lives here, once.
+"""The settings of a conversion: every default lives here or in its sections, once.
 
 In: YAML (one of the shipped recipes or a file) and the arguments that a caller gave. Out: a frozen, validated `Recipe`.
 Never: ignores a key it does not know, reads a model.
@@ -10,114 +10,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from kvshare.errors import UsageError, closest
 from kvshare.parsing import MAX_YAML, is_file, parse_yaml, read_bytes, shown
+from kvshare.sections import Calibration, Evaluation, Fit, Fraction, Heal, KVHeads, Merge, Natural, Positive, Section
 
 DEFAULT_RECIPE = "half"
-SELF = "self"  # text that the source model writes
 CALIBRATED = ("svd", "learned")  # initialisations that take text
 INSPECTED_TOKENS = 8_192  # text that a model is looked at on before it is converted
 
 
-def _kv_heads(value: int | str) -> int | str:
-    if isinstance(value, int):
-        if value < 1:
-            raise ValueError("kv_heads must be at least 1")
-        return value
-    if value == "all":
-        return value
-    numerator, slash, denominator = value.partition("/")
-    if numerator == "1" and slash and denominator.isdigit() and int(denominator) > 0:
-        return value
-    if value.isdigit() and int(value) > 0:
-        return int(value)
-    raise ValueError("kv_heads is a number of heads, a fraction of the source's such as 1/4, or 'all'")
-
-
-KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class Calibration(_Settings):
-    """The text on which the second moments of activations are taken."""
-
-    data: str = SELF
-    tokens: Positive = 65_536
-    sequence_length: Positive = 512
-    statistics: str | None = None
-    """A folder of `kvshare calibrate`, in place of text: svd is then the closed form alone, and the model runs no forward."""
-
-
-class Merge(_Settings):
-    """What the closed form does beyond its formula (method.md, section 2)."""
-
-    balance: tuple[PositiveReal, ...] = Field((8.0, 4.0, 2.0, 1.0), min_length=1)
-    """Weights of the key error against the value error to try per layer; the one with the least output error is kept."""
-    refit: bool = True
-    """Refit the output projection of every layer by ridge regression."""
-    sequential: bool = True
-    """Take each layer's statistics behind the converted layers before it, so that later layers correct earlier ones."""
-    moment_tokens: Positive = 65_536
-    """The most calibration tokens that moments are taken on; refit and `learned` use all there are."""
-    weighting: Literal["attention", "projections", "none"] = "attention"
-    """Errors weigh as they move the attention output, as queries and the output projection see them, or all alike."""
-    grouping: Literal["search", "neighbours"] = "search"
-    """Which heads are merged: those that lose least, or those that stand side by side."""
-    joint: bool = True
-    """Solve the merging of heads and the sharing of K and V together, not one after the other."""
-
-
-class Fit(_Settings):
-    """Per-layer attention transfer, `init: learned` (method.md, section 3)."""
-
-    steps: Positive = 1_200
-    batch_tokens: Positive = 1_024
-    learning_rate: PositiveReal = 1e-2
-    """Relative to the root mean square of each matrix."""
-
-
-class Heal(_Settings):
-    """The distillation that follows the merge (method.md, section 4)."""
-
-    enabled: bool = True
-    data: str = SELF
-    tokens: Positive = 655_360
-    sequence_length: Positive = 512
-    batch_tokens: Positive = 2_048
-    learning_rate: PositiveReal | None = None
-    """None: 2e-3 for a hidden_size of 128, falling with its square root."""
-    shared_rate: PositiveReal = 0.05
-    """Learning rate of the shared projections, as a fraction of the others'."""
-    lora_rank: Positive = 16
-    lora_targets: tuple[str, ...] = Field(
-        ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "dense", "fc1", "fc2", "c_fc", "c_proj"), min_length=1
-    )
-    """Names in all families together; a model has some of them."""
-    temperature: PositiveReal = 1.0
-    save_steps: Positive = 50
-
-
-class Evaluation(_Settings):
-    """The held-out text of the final measurement."""
-
-    data: str = SELF
-    tokens: Positive = 65_536
-    sequence_length: Positive = 512
-    mode: Literal["whole", "layers", "off"] = "whole"
-    """`whole` loads both models and runs the converted one as it will be used; `layers` sends the text through both layer by layer
-    while the merge does, for models that do not fit into memory; `off` measures nothing."""
-
-
-class Recipe(_Settings):
+class Recipe(Section):
     """All settings of one conversion."""
 
     init: Literal["mean", "svd", "learned", "exact"] = "svd"
@@ -135,7 +39,7 @@ class Recipe(_Settings):
     evaluation: Evaluation = Evaluation()
 
 
-class Probes(_Settings):
+class Probes(Section):
     """What an evaluation measures beyond its first figures: nothing unless it is asked for. No part of a recipe."""
 
     contexts: tuple[Annotated[int, Field(gt=1)], ...] = ()
@@ -150,7 +54,7 @@ class Probes(_Settings):
     cache_bits: tuple[Annotated[int, Field(ge=2, le=8)], ...] = ()
 
 
-class Bench(_Settings):
+class Bench(Section):
     """What is timed, and how often. No part of a recipe."""
 
     contexts: tuple[Positive, ...] = Field((128, 512), min_length=1)
@@ -179,6 +83,11 @@ def settings_of(kind: type[Settings], **values: Any) -> Settings:
 def calibrates(recipe: Recipe) -> bool:
     """Whether the merge takes text."""
     return recipe.init in CALIBRATED and recipe.calibration.statistics is None
+
+
+def made_by(recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a result, as JSON data: all but the limit that it is held against afterwards."""
+    return recipe.model_dump(mode="json", exclude={"evaluation": {"max_perplexity_increase"}})
 
 
 def data_used(recipe: Recipe) -> list[str]:
@@ -241,6 +150,7 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
         raise _explain(error, origin) from None
     _check_budget(settings, origin)
     _check_statistics(settings, origin)
+    _check_healing(settings.heal, origin)
     _check_evaluation(settings, origin)
     return settings
 
@@ -260,6 +170,7 @@ def conversion_recipe(
     eval_tokens: int | None,
     eval_mode: str | None,
     seed: int | None,
+    max_perplexity_increase: float | None = None,
 ) -> Recipe:
     """The recipe of a conversion from the arguments of `convert`, which see.
 
@@ -281,6 +192,7 @@ def conversion_recipe(
         evaluation__data=eval_data,
         evaluation__tokens=eval_tokens,
         evaluation__mode=eval_mode,
+        evaluation__max_perplexity_increase=max_perplexity_increase,
     )
     if heal and settings.init == "exact":
         raise UsageError(
@@ -290,11 +202,18 @@ def conversion_recipe(
 
 
 def _check_evaluation(recipe: Recipe, origin: str) -> None:
-    """Refuse an evaluation layer by layer where the merge is not all that happens.
+    """Refuse an evaluation layer by layer where the merge is not all that happens, and a gate where nothing is measured.
 
     Raises:
-        UsageError: `evaluation.mode` is `layers` together with healing or with init exact.
+        UsageError: `evaluation.mode` is `layers` together with healing or with init exact, or `off` with a quality gate.
     """
+    limit = recipe.evaluation.max_perplexity_increase
+    if limit is not None and recipe.evaluation.mode == "off":
+        raise UsageError(
+            f"{origin} has max_perplexity_increase = {limit} with evaluation mode off",
+            "what is not measured cannot be held against a limit",
+            "take evaluation mode whole or layers, or leave the limit out",
+        )
     if recipe.evaluation.mode != "layers" or not (recipe.heal.enabled or recipe.init == "exact"):
         return
     healing = recipe.heal.enabled and recipe.init != "exact"
@@ -303,6 +222,26 @@ def _check_evaluation(recipe: Recipe, origin: str) -> None:
         "healing needs both models in memory as it is" if healing else "what the exact form loses shows in its cache alone",
         "turn healing off, or take evaluation mode whole" if healing else "take evaluation mode whole or off",
     )
+
+
+def _check_healing(heal: Heal, origin: str) -> None:
+    """Refuse kept probabilities of the teacher beside a term that needs more of it, and a loss without terms.
+
+    Raises:
+        UsageError: `heal.teacher_top_k` together with `heal.attention_matching`, or no weight above 0.
+    """
+    if not heal.kl + heal.cross_entropy + heal.attention_matching:
+        raise UsageError(
+            f"{origin} leaves healing nothing to minimise",
+            "heal.kl, heal.cross_entropy and heal.attention_matching are all 0",
+            "give one of them a weight; heal.kl is 1 by default",
+        )
+    if heal.teacher_top_k is not None and heal.attention_matching > 0:
+        raise UsageError(
+            f"{origin} has both heal.teacher_top_k and heal.attention_matching",
+            "the teacher's probabilities are kept on the disk, its attention outputs are not",
+            "leave one of them out",
+        )
 
 
 def _check_statistics(recipe: Recipe, origin: str) -> None:

@@ -27,12 +27,13 @@ from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.layerwise import source_moments
 from kvshare.loading import load_native
 from kvshare.merge import AttentionWeights, Grouping, Moments
+from kvshare.mixture import named, uses_self
 from kvshare.moments import moment_numbers
 from kvshare.parsing import is_file, shown
 from kvshare.passes import advance
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
-from kvshare.recipe import SELF, Recipe, load_recipe
+from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import open_source, read_header, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import read_tensor
@@ -93,7 +94,7 @@ def calibrate(
     tokenizer = check_calibration(plan, target, overwrite)
     with workspace(target) as work:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        writer = load_native(source.path, dtype=torch.float32).to(device) if settings.calibration.data == SELF else None
+        writer = load_native(source.path, dtype=torch.float32).to(device) if uses_self(settings.calibration.data) else None
         rows = calibration_rows(settings, tokenizer, writer, progress)
         del writer  # what follows takes a layer at a time
         staged = fresh_folder(work / "statistics")
@@ -107,7 +108,7 @@ def calibrate(
             FORMAT_VERSION,
             __version__,
             source.fingerprint,
-            Path(calibration.data).name if Path(calibration.data).is_file() else calibration.data,
+            named(calibration.data),
             rows.numel(),
             settings.merge.weighting,
             settings.seed,

@@ -121,6 +121,8 @@ def jobs(sources: Path) -> dict[str, Callable[[Path], Job]]:
     measures; `heal` heals `sources/converted`.
     """
     import kvshare
+    from kvshare.checkpoint import work_folder
+    from kvshare.journal import JOURNAL, read_journal
     from kvshare.recipe import Recipe
 
     model, text, converted = sources / "model", str(sources / "text.txt"), sources / "converted"
@@ -135,9 +137,9 @@ def jobs(sources: Path) -> dict[str, Callable[[Path], Job]]:
     )
 
     def healing(output: Path, again: bool) -> None:
-        # before its first state there is nothing that could be resumed
-        state = output.parent / f"{output.name}.kvshare-work" / "training" / "job.json"
-        kvshare.heal(converted, output, model, text, tokens=1536, recipe=recipe, resume=again and state.is_file())
+        # before its journal there is nothing that could be resumed
+        began = bool(read_journal(work_folder(output) / JOURNAL))
+        kvshare.heal(converted, output, model, text, tokens=1536, recipe=recipe, resume=again and began)
 
     return {
         "mean": lambda out: lambda _: kvshare.convert(model, out, init="mean", heal=False, eval_mode="off"),

@@ -240,6 +240,21 @@ def test_heal_prints_json_alone(
     assert run("verify", output).code == 0
 
 
+def test_a_conversion_that_is_not_good_enough_is_not_published(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    text = ("--init", "mean", "--no-heal", "--eval-data", text_file, "--eval-tokens", "512", "-o", tmp_path / "out")
+    asked = ("convert", source_folder("llama-gqa"), *text, "--max-perplexity-increase")
+    refused(run(*asked, "0"), 6, "not good enough", "at most +0.00%", "the work is kept")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.kvshare-work"]
+    refused(run(*asked, "0.1", "--eval-mode", "off"), 2, "max_perplexity_increase = 0.1", "mode off")
+    refused(run(*asked, "-1"), 2, "max_perplexity_increase")
+    refused(run(*asked, "1000", "--eval-mode", "layers"), 2, "evaluation.mode differs", "--restart")
+    assert run(*asked, "1000", "--eval-mode", "layers", "--restart").code == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["perplexity_increase"] > 0
+
+
 def test_recipes_list_show_copy(run: Callable[..., Outcome], tmp_path: Path) -> None:
     listed = run("recipes", "list").out
     for name in recipe_names():

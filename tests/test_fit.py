@@ -16,7 +16,7 @@ from kvshare.layerwise import read_weights
 from kvshare.loading import load_native
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
-from kvshare.recipe import Fit
+from kvshare.sections import Fit
 
 
 @pytest.fixture

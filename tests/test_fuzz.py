@@ -49,8 +49,9 @@ from kvshare.journal import JOURNAL, open_journal
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native
 from kvshare.planning import make_plan
-from kvshare.recipe import Calibration, Recipe, load_recipe, recipe_names
+from kvshare.recipe import Recipe, load_recipe, recipe_names
 from kvshare.retrieval import read_questions
+from kvshare.sections import Calibration
 from kvshare.sensitivity import Sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import INDEX, SINGLE, Source, open_source, read_header

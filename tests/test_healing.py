@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import edit_json
 from safetensors.torch import load_file
 
 import kvshare
 from kvshare.checkpoint import work_folder
-from kvshare.errors import UsageError
+from kvshare.distillation import diverged, newest_state
+from kvshare.errors import QualityError, TrainingError, UsageError
 from kvshare.families import PARTS, family_of
-from kvshare.healing import batch_rows, distillation_loss
-from kvshare.recipe import Heal
+from kvshare.losses import distillation_loss
+from kvshare.preflight import preflight
+from kvshare.recipe import Recipe
+from kvshare.sections import Heal
+from kvshare.training import batch_rows
 
 
 def short_recipe(folder: Path, **heal: object) -> Path:
@@ -25,6 +37,24 @@ def short_recipe(folder: Path, **heal: object) -> Path:
     settings = {"tokens": 8_192, "batch_tokens": 1_024, "sequence_length": 128, "save_steps": 4, **heal}
     file.write_text(yaml.safe_dump({"heal": settings, "evaluation": {"tokens": 4096}}))
     return file
+
+
+def small(folder: Path, **heal: object) -> Path:
+    """A recipe of 8 steps."""
+    settings = {"tokens": 2_048, "batch_tokens": 256, "sequence_length": 64, "lora_rank": 2, "save_steps": 2}
+    return short_recipe(folder, **settings | heal)
+
+
+def refused(action: Callable[[], object], *named: str) -> TrainingError:
+    with pytest.raises(TrainingError) as caught:
+        action()
+    for name in named:
+        assert name in str(caught.value)
+    return caught.value
+
+
+def fails(*_: object, **__: object) -> None:
+    raise RuntimeError("this machine cannot")
 
 
 def test_healing_brings_a_trained_model_closer(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -71,10 +101,10 @@ def test_layers_of_all_forms_keep_theirs(mixed_folder: Callable[[str], Path], tm
 
 
 def test_resume_continues_to_the_same_weights(
-    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
 ) -> None:
-    folder, recipe = converted_folder("tiny"), short_recipe(tmp_path)
-    undisturbed = kvshare.heal(folder, tmp_path / "whole", "kvshare/tiny", text_file, recipe=recipe)
+    folder, source, recipe = converted_folder("qwen2"), source_folder("qwen2"), small(tmp_path, save_steps=4)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "healing" and done == 6:
@@ -82,16 +112,16 @@ def test_resume_continues_to_the_same_weights(
 
     output = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
-        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, progress=stop)
+        kvshare.heal(folder, output, source, text_file, recipe=recipe, progress=stop)
     assert not output.exists()
     assert work_folder(output).is_dir()
     with pytest.raises(UsageError, match="seed differs"):
-        kvshare.heal(folder, output, "kvshare/tiny", text_file, recipe=recipe, seed=5, resume=True)
+        kvshare.heal(folder, output, source, text_file, recipe=recipe, seed=5, resume=True)
     seen: list[int] = []
     result = kvshare.heal(
         folder,
         output,
-        "kvshare/tiny",
+        source,
         text_file,
         recipe=recipe,
         resume=True,
@@ -104,10 +134,370 @@ def test_resume_continues_to_the_same_weights(
     assert not work_folder(output).exists()
 
 
+@pytest.mark.parametrize("key", ["qwen2", "gpt2"])
+def test_activations_that_are_computed_again_are_the_same(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+) -> None:
+    folder, sources = converted_folder(key), (source_folder(key), text_file)
+    recipe = small(tmp_path, attention_matching=0.1)
+    calls, attend = 0, torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return attend(*arguments, **settings)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", counted)
+    plain = kvshare.heal(folder, tmp_path / "a", *sources, recipe=recipe)
+    once, calls = calls, 0
+    again = kvshare.heal(folder, tmp_path / "b", *sources, recipe=_with(recipe, gradient_checkpointing=True))
+    assert calls == 1.5 * once  # teacher and student once, the student once more
+    assert [loss for _, loss in again.losses] == pytest.approx([loss for _, loss in plain.losses], rel=1e-5)
+    assert again.terms["attention"] == pytest.approx(plain.terms["attention"], rel=1e-5)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_weights(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source, recipe, output = converted_folder("llama-gqa"), source_folder("llama-gqa"), small(tmp_path), tmp_path / "out"
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
+    words = ["heal", folder, "-o", output, "--source", source, "--data", text_file, "--recipe", recipe]
+    code = "import sys; from kvshare.cli import main; main()"
+    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("healing: 6/8"):
+                child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert not output.exists()
+    assert kvshare.heal(folder, output, source, text_file, recipe=recipe, resume=True) == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_text_of_self_is_not_written_again(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, source, data = converted_folder("llama-gqa"), source_folder("llama-gqa"), f"self=1,{text_file}=1"
+    recipe, output = small(tmp_path), tmp_path / "out"
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", source, data, recipe=recipe)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "healing" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kvshare.heal(folder, output, source, data, recipe=recipe, progress=stop)
+    monkeypatch.setattr("kvshare.data.self_rows", fails)
+    assert kvshare.heal(folder, output, source, data, recipe=recipe, resume=True) == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not list(output.glob("*self*"))
+    assert "text.txt=1" in (output / "README.md").read_text()
+    assert str(Path(text_file).parent) not in (output / "README.md").read_text()
+
+
+def test_a_result_that_is_not_good_enough_is_not_published(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source, output = converted_folder("llama-gqa", 1), source_folder("llama-gqa"), tmp_path / "out"
+    settings: dict[str, Any] = {"recipe": small(tmp_path), "eval_data": text_file, "eval_tokens": 1_024}
+    with pytest.raises(QualityError) as caught:
+        kvshare.heal(folder, output, source, text_file, **settings, max_perplexity_increase=0.0)
+    assert caught.value.exit_code == 6
+    assert all(named in str(caught.value) for named in ("+0.00%", "1,022 tokens of text.txt", str(work_folder(output)), "--resume"))
+    assert not output.exists()
+    trained: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            trained.append(done)
+
+    result = kvshare.heal(folder, output, source, text_file, **settings, max_perplexity_increase=10.0, resume=True, progress=note)
+    assert not trained
+    assert len(result.losses) == result.steps == 8
+    measured = kvshare.evaluate(output, source, text_file, tokens=1_024)
+    assert result.report is not None
+    assert result.report.perplexity_increase == pytest.approx(measured.perplexity_increase, rel=1e-5)
+    assert f"{result.report.perplexity_increase:+.2%}" in str(caught.value)
+    report = json.loads((output / "report.json").read_text())
+    assert report["perplexity"] == result.report.perplexity
+    card = (output / "README.md").read_text()
+    assert f"| perplexity | {result.report.source_perplexity:.3f}" in card
+    assert "--data text.txt --tokens 1024 --seed 0" in card
+    assert not work_folder(output).exists()
+
+
+def test_a_limit_that_is_kept_lets_pass(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    # a limit in the recipe is enough to have the result measured, and figures of an earlier checkpoint do not stay
+    limit = {"evaluation": {"tokens": 512, "data": text_file, "max_perplexity_increase": 10.0}}
+    recipe = Recipe.model_validate(yaml.safe_load(small(tmp_path).read_text()) | limit)
+    source = source_folder("llama-gqa")
+    result = kvshare.heal(converted_folder("llama-gqa"), tmp_path / "a", source, text_file, recipe=recipe)
+    assert result.report is not None
+    assert result.report.tokens == 511
+    again = kvshare.heal(tmp_path / "a", tmp_path / "b", source, text_file, recipe=small(tmp_path))
+    assert again.report is None
+    assert "perplexity" not in json.loads((tmp_path / "b" / "report.json").read_text())
+    assert "evaluation" not in json.loads((tmp_path / "b" / "config.json").read_text())["kvshare"]
+
+
+def test_another_job_is_never_resumed(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    text, source, output = tmp_path / "text.txt", tmp_path / "source", tmp_path / "out"
+    shutil.copyfile(text_file, text)
+    shutil.copytree(source_folder("llama-gqa"), source)
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "healing" and done == 3:
+            raise KeyboardInterrupt
+
+    def resumed(named: tuple[str, ...], data: object = text, **settings: Any) -> None:
+        with pytest.raises(UsageError) as caught:
+            kvshare.heal(folder, output, source, str(data), **{"recipe": recipe, "resume": True} | settings)
+        for name in named:
+            assert name in str(caught.value)
+        assert newest_state(work_folder(output) / "training") is not None
+
+    with pytest.raises(KeyboardInterrupt):
+        kvshare.heal(folder, output, source, str(text), recipe=recipe, progress=stop)
+    resumed(("heal.learning_rate differs", "was None and is now 0.25"), recipe=_with(recipe, learning_rate=0.25))
+    resumed(("heal.tokens differs", "was 2048 and is now 4096"), tokens=4_096)
+    resumed(("heal.data differs", text_file), data=text_file)
+    resumed(("seed differs", "was 0 and is now 5"), seed=5)
+    text.write_text("Another text. " * 2_000)
+    resumed((f"text.{text} differs",))
+    shutil.copyfile(text_file, text)
+    weights = source / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    resumed(("source.files.model.safetensors differs",))
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert kvshare.heal(folder, output, source, str(text), recipe=recipe, resume=True).steps == 8
+
+
+def _with(recipe: Path, **heal: object) -> Recipe:
+    values = yaml.safe_load(recipe.read_text())
+    return Recipe.model_validate(values | {"heal": values["heal"] | heal})
+
+
+def test_every_term_is_reported_and_lowers_itself(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, source = converted_folder("qwen2", 1), source_folder("qwen2")
+    recipe = small(tmp_path, tokens=8_192)
+    matched, plain = (
+        kvshare.heal(folder, tmp_path / name, source, text_file, recipe=_with(recipe, **terms))
+        for name, terms in (("a", {"attention_matching": 30.0, "cross_entropy": 0.5}), ("b", {"attention_matching": 1e-9}))
+    )
+    assert list(matched.terms) == ["kl", "cross_entropy", "attention"]
+    assert list(plain.terms) == ["kl", "attention"]
+    assert matched.terms["attention"] < plain.terms["attention"]
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["heal"]["terms"] == matched.terms
+    last = statistics.fmean(loss for _, loss in matched.losses[-10:])
+    terms = matched.terms
+    assert last == pytest.approx(terms["kl"] + 0.5 * terms["cross_entropy"] + 30 * terms["attention"], rel=1e-5)
+    last = statistics.fmean(loss for _, loss in plain.losses[-10:])
+    assert last == pytest.approx(plain.terms["kl"], rel=1e-5)
+
+
 def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
     with pytest.raises(UsageError, match="nothing to resume"):
         kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, resume=True)
     assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        ("accelerate.Accelerator.prepare", "setting up"),
+        ("torch.nn.functional.kl_div", "forward"),
+        ("torch.Tensor.backward", "backward"),
+        ("torch.optim.AdamW.step", "optimizer's step"),
+        ("peft.PeftModel.save_pretrained", "saving"),
+        ("peft.PeftModel.load_adapter", "reading"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_step(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    named: str,
+) -> None:
+    folder, source = converted_folder("llama-gqa"), source_folder("llama-gqa")
+    steps: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            steps.append(done)
+
+    monkeypatch.setattr(broken, fails)
+    output = tmp_path / "out"
+    refused(
+        lambda: kvshare.heal(folder, output, source, text_file, recipe=small(tmp_path), progress=note),
+        "cannot start",
+        named,
+        "this machine cannot",
+    )
+    assert not steps
+    assert not output.exists()
+    assert not work_folder(output).exists()
+
+
+def test_a_state_that_reads_back_otherwise_is_told(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("peft.PeftModel.load_adapter", lambda *_, **__: None)
+    sources = converted_folder("llama-gqa"), tmp_path / "out", source_folder("llama-gqa"), text_file
+    refused(lambda: kvshare.heal(*sources, recipe=small(tmp_path)), "cannot start", "not those that were written")
+
+
+def test_the_trial_leaves_no_trace(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = converted_folder("llama-gqa"), source_folder("llama-gqa"), text_file
+    tried: list[Path] = []
+
+    def trial(*arguments: Any) -> None:
+        preflight(*arguments)
+        tried.append(arguments[7])
+
+    monkeypatch.setattr("kvshare.training.preflight", trial)
+    with_trial = kvshare.heal(sources[0], tmp_path / "a", *sources[1:], recipe=small(tmp_path))
+    monkeypatch.setattr("kvshare.training.preflight", lambda *_: None)
+    without = kvshare.heal(sources[0], tmp_path / "b", *sources[1:], recipe=small(tmp_path))
+    assert len(tried) == 1
+    assert with_trial == without
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_training(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    sources = source_folder("llama-gqa"), text_file
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", *sources, recipe=recipe)
+    done = 0
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(_context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(_context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * math.nan
+
+    def loss(student: torch.Tensor, *rest: Any) -> torch.Tensor:
+        value = distillation_loss(student, *rest)
+        if done == 5:
+            return value * math.nan if where == "loss" else NoGradient.apply(value)
+        return value
+
+    def note(stage: str, steps: int, total: int) -> None:
+        nonlocal done
+        done = steps if stage == "healing" else done
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("kvshare.losses.distillation_loss", loss)
+        refused(
+            lambda: kvshare.heal(folder, output, *sources, recipe=recipe, progress=note),
+            "step 6",
+            "the state of step 4 is kept in",
+            "lower heal.learning_rate",
+        )
+    assert not output.exists()
+    result = kvshare.heal(folder, output, *sources, recipe=recipe, resume=True)
+    assert result == undisturbed
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_rate_that_is_far_too_high_stops_the_training(
+    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str
+) -> None:
+    recipe = small(tmp_path, tokens=4_096, learning_rate=1.0)
+    error = refused(
+        lambda: kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, recipe=recipe),
+        "diverged",
+        "lower heal.learning_rate",
+    )
+    assert error.keeps_work
+    assert newest_state(work_folder(tmp_path / "out") / "training") is not None
+
+
+def test_when_training_diverges() -> None:
+    assert diverged([1.0] + [4.1] * 9, 4.0) is None  # too early to say
+    assert diverged([1.0] + [4.0] * 10, 4.0) is None
+    assert diverged([1.0] + [0.1] * 50, 4.0) is None
+    assert diverged([1e-6] + [1e-4] * 50, 4.0) is None
+    assert diverged([1.0] * 50 + [4.1] * 10, 4.0) == "the loss of the last 10 steps is 4.1 on average, that of the first step was 1"
+
+
+def test_a_state_that_was_not_written_to_its_end_is_passed_over(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = source_folder("llama-gqa"), text_file
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path)
+    undisturbed = kvshare.heal(folder, tmp_path / "whole", *sources, recipe=recipe)
+    save = transformers.TrainerState.save_to_json
+
+    def killed(state: Any, file: str) -> None:
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+        save(state, file)
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.TrainerState.save_to_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kvshare.heal(folder, output, *sources, recipe=recipe)
+    states = work_folder(output) / "training"
+    assert (states / "checkpoint-4").is_dir()
+    assert newest_state(states) == states / "checkpoint-2"
+    seen: list[int] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        if stage == "healing":
+            seen.append(done)
+
+    assert kvshare.heal(folder, output, *sources, recipe=recipe, resume=True, progress=note) == undisturbed
+    assert seen == [3, 4, 5, 6, 7, 8]
+    assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(checkpoint: Path, tmp_path: Path, text_file: str) -> None:
@@ -130,16 +520,6 @@ def test_modules_that_are_not_there_are_named(converted_folder: Callable[..., Pa
             text_file,
             recipe=short_recipe(tmp_path, lora_targets=["c_attn"]),
         )
-
-
-def test_the_loss_is_the_divergence() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
-    expected = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=student)
-    ).mean()
-    torch.testing.assert_close(distillation_loss(student, teacher, 1.0), expected)
-    assert distillation_loss(teacher, teacher, 2.0).abs() < 1e-6
 
 
 def test_batches_divide_evenly_and_fit() -> None:

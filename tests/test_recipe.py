@@ -45,14 +45,14 @@ def test_shipped_recipes_are_valid_and_described(name: str, tmp_path: Path) -> N
 
 
 def test_the_recipes_are_listed() -> None:
-    assert recipe_names() == ["edge", "eighth", "exact", "half", "quick"]
+    assert recipe_names() == ["edge", "eighth", "exact", "full", "half", "quick"]
     assert load_recipe() == load_recipe(DEFAULT_RECIPE) == load_recipe("half")
     assert not load_recipe("quick").heal.enabled
     assert load_recipe("edge").kv_heads == 1
 
 
 def test_no_recipe_of_that_name() -> None:
-    refusal("halff", "'halff'", "did you mean 'half'", "edge, eighth, exact, half, quick")
+    refusal("halff", "'halff'", "did you mean 'half'", "edge, eighth, exact, full, half, quick")
     with pytest.raises(UsageError, match="no recipe is called"):
         recipe_text("../half")
 

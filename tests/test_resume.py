@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import kvshare
 from kvshare import layerwise
 from kvshare.checkpoint import REPLACED, WeightWriter, work_folder
-from kvshare.errors import NoSpaceError, UnfinishedWorkError, UsageError
+from kvshare.errors import NoSpaceError, QualityError, UnfinishedWorkError, UsageError
 from kvshare.journal import JOURNAL, flat, open_journal, read_journal
 
 KILLING = Path(__file__).with_name("killing.py")
@@ -208,6 +208,36 @@ def test_a_replacement_that_broke_off_leaves_the_old_output(tmp_path: Path) -> N
     assert not work_folder(tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_a_result_that_does_not_pass_the_limit_stays(
+    mode: str, source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"init": "mean", "heal": False, "eval_mode": mode, "eval_data": text_file, "eval_tokens": 512}
+
+    def convert(name: str, **more: Any) -> kvshare.Conversion:
+        return kvshare.convert(source_folder("llama-gqa"), tmp_path / name, **{**settings, **more})
+
+    with pytest.raises(QualityError) as caught:
+        convert("out", max_perplexity_increase=0.0)
+    work = work_folder(tmp_path / "out")
+    assert caught.value.exit_code == 6
+    assert all(named in str(caught.value) for named in (str(work), "higher limit", "--restart"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UnfinishedWorkError, match="kv_heads differs"):
+        convert("out", kv_heads=2)
+    with pytest.raises(QualityError):
+        convert("out", max_perplexity_increase=0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvshare.conversion.write_merged", None)
+        patch.setattr("kvshare.conversion.measure", None)
+        passed = convert("out", max_perplexity_increase=1e9)
+    assert passed.report is not None
+    assert f"{passed.report.perplexity_increase:+.2%}" in str(caught.value)
+    assert not work.exists()
+    convert("whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
     journal = open_journal(tmp_path, {"a": 1}, False)
     journal.record("first", {"value": float("nan")})
@@ -223,6 +253,23 @@ def test_a_torn_line_does_not_count(tmp_path: Path) -> None:
         assert list(read_journal(file)) == ["job", "first", "third"]
     file.write_bytes(whole[: whole.index(b"\n")])  # not even the job was written to its end
     assert list(open_journal(tmp_path, {"a": 2}, False).entries) == ["job"]
+
+
+def test_healing_keeps_off_the_work_of_a_conversion(
+    interrupted: dict[str, Any], converted_folder: Callable[..., Path], source_folder: Callable[[str], Path]
+) -> None:
+    output, before = interrupted["output"], contents(work_folder(interrupted["output"]))
+    for resume in (False, True):
+        with pytest.raises(UnfinishedWorkError, match="command differs"):
+            kvshare.heal(
+                converted_folder("llama-gqa"),
+                output,
+                source_folder("llama-gqa"),
+                interrupted["calibration"],
+                tokens=512,
+                resume=resume,
+            )
+    assert contents(work_folder(output)) == before
 
 
 def test_fields_are_flat() -> None:

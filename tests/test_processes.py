@@ -1,0 +1,155 @@
+"""Healing in several processes: the same losses and weights as in one, a clean output, and refusals where that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import kvshare
+from kvshare import processes
+from kvshare.checkpoint import work_folder
+from kvshare.distillation import newest_state
+from kvshare.errors import UsageError
+from kvshare.sections import Heal
+from kvshare.training import HealResult, batch_rows
+
+CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it."""
+
+    words: list[str]
+    folder: Path
+    alone: HealResult
+    one: Path
+    two: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def job(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    text_file: str,
+) -> Job:
+    """The same healing by one process and by two that accelerate has launched."""
+    root = tmp_path_factory.mktemp("processes")
+    folder, source, recipe = converted_folder("llama-gqa", 2), source_folder("llama-gqa"), root / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "heal": {"tokens": 2_048, "batch_tokens": 512, "sequence_length": 64, "lora_rank": 2, "save_steps": 2},
+                "evaluation": {"tokens": 512, "data": text_file, "max_perplexity_increase": 100.0},
+            }
+        )
+    )
+    alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
+    script = root / "heal.py"
+    script.write_text(HEAL)
+    words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"]
+    done = subprocess.run(
+        [*map(str, launch), str(script), *words, "-o", str(root / "two"), "--json"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Job(words, folder, alone, root / "one", root / "two", done.stdout)
+
+
+def test_two_processes_heal_as_one_does(job: Job) -> None:
+    result = json.loads(job.printed)  # one process prints
+    assert [loss for _, loss in result["losses"]] == pytest.approx([loss for _, loss in job.alone.losses], rel=1e-5)
+    assert result["terms"]["kl"] == pytest.approx(job.alone.terms["kl"], rel=1e-5)
+    kvshare.verify(job.two)
+    before, first, second = (load_file(path / "model.safetensors") for path in (job.folder, job.one, job.two))
+    moved = max(float((before[name] - first[name]).abs().max()) for name in before)
+    assert moved > 1e-4
+    for name in first:
+        assert (first[name] - second[name]).abs().max() < 1e-3 * moved, name
+    assert not work_folder(job.two).exists()
+    assert {file.name for file in job.two.iterdir()} == {file.name for file in job.one.iterdir()}
+
+
+def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def start(*more: str) -> list[subprocess.Popen[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        together = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = [sys.executable, "-c", HEAL, *job.words, "-o", str(output), *more]
+        return [
+            subprocess.Popen(
+                words, env={**together, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL, stderr=pipe, text=True
+            )
+            for rank, pipe in (("0", subprocess.PIPE), ("1", subprocess.DEVNULL))
+        ]
+
+    first, second = start()
+    assert first.stderr is not None
+    with first.stderr as stream:
+        assert any(line.startswith("healing: 3/4") for line in stream)
+    for process in (first, second):
+        process.kill()
+        process.wait()
+    assert not output.exists()
+    assert newest_state(work_folder(output) / "training") is not None
+    first, second = start("--resume")
+    _, said = first.communicate()
+    assert (first.returncode, second.wait()) == (0, 0), said
+    assert (output / "model.safetensors").read_bytes() == (job.two / "model.safetensors").read_bytes()
+    assert (output / "report.json").read_bytes() == (job.two / "report.json").read_bytes()
+    assert not work_folder(output).exists()
+
+
+def test_the_launcher_reads_its_configuration() -> None:
+    config = load_config_from_file(str(CONFIG))
+    assert (str(config.distributed_type), config.num_processes, config.use_cpu) == ("DistributedType.MULTI_GPU", 2, False)
+
+
+def test_rows_are_shared_equally_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Heal.model_validate({"batch_tokens": 2_048, "sequence_length": 512})
+    assert batch_rows(settings, 512, 4_096, 100) == (4, 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert batch_rows(settings, 512, 4_096, 100) == (4, 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="3 processes cannot share the 4 rows of a step") as caught:
+        batch_rows(settings, 512, 4_096, 100)
+    assert "multiple of 1536" in caught.value.fix
+
+
+def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="convert was started in 2 processes"):
+        kvshare.convert("kvshare/tiny", tmp_path / "out")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="does not run under FSDP"):
+        kvshare.heal(tmp_path, tmp_path / "out", "kvshare/tiny", "self")
+
+
+def test_one_process_is_the_first_and_waits_for_nobody() -> None:
+    assert (processes.count(), processes.is_first()) == (1, True)
+    processes.meet()
+    assert not torch.distributed.is_initialized()
