@@ -65,7 +65,8 @@ class Book:
         if self.only.search(name) and name not in self.entries:
             values = run()
             write_json(self.file, {**self.entries, name: values})
-            print(name, {key: value if isinstance(value, str) else round(value, 5) for key, value in values.items()}, flush=True)
+            shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
+            print(name, {key: value for key, value in shown.items() if not isinstance(value, list)}, flush=True)
 
 
 def figures(report: Any) -> dict[str, Any]:
