@@ -180,9 +180,7 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         UsageError: the output exists, or is, holds or lies in the source.
     """
     target, origin = output.resolve(), source.resolve()
-    work = work_folder(output)
-    if work.is_dir() and {entry.name for entry in work.iterdir()} <= {"lock"}:
-        shutil.rmtree(work)  # a run was killed while it cleared up
+    _sweep(work_folder(output))
     if target == origin or origin in target.parents or target in origin.parents:
         raise UsageError(
             f"the output {output} and the source {source} overlap",
@@ -295,6 +293,15 @@ def _clear(work: Path) -> None:
         (work / name).unlink(missing_ok=True)
     with suppress(OSError):  # another run has begun here
         work.rmdir()
+
+
+def _sweep(work: Path) -> None:
+    """Remove the work folder of a run that was killed while it cleared up: nothing is left but its lock, and none holds that."""
+    if not work.is_dir():
+        return
+    with suppress(Timeout), FileLock(work / "lock", blocking=False):
+        if {entry.name for entry in work.iterdir()} <= {"lock"}:
+            _clear(work)
 
 
 def _undo_replacing(work: Path, output: Path) -> None:

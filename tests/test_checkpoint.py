@@ -18,8 +18,7 @@ from conftest import edit_json
 from safetensors.torch import load_file, save_file
 
 import kvshare
-from kvshare import checkpoint as checkpoints
-from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish
+from kvshare.checkpoint import MANIFEST, OutputTensor, WeightWriter, check_output, check_space, publish, work_folder, workspace
 from kvshare.errors import BadCheckpointError, NoSpaceError, UsageError
 from kvshare.tensors import DTYPES, is_finite
 from kvshare.verification import verify, verify_form
@@ -223,17 +222,42 @@ def test_a_full_disk_keeps_the_work_and_says_where(
     with pytest.raises(NoSpaceError, match="became full") as raised:
         kvshare.convert(source_folder("llama-gqa"), tmp_path / "out", init="mean", heal=False, eval_data=text_file)
     assert not (tmp_path / "out").exists()
-    assert str(checkpoints.work_folder(tmp_path / "out")) in raised.value.fix
+    assert str(work_folder(tmp_path / "out")) in raised.value.fix
 
 
 def test_two_runs_never_write_one_output(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with checkpoints.workspace(output) as work:
+    with workspace(output) as work:
         (work / "half-done").write_text("of the first run")
-        with pytest.raises(UsageError, match="another run"), checkpoints.workspace(output):
+        with pytest.raises(UsageError, match="another run"), workspace(output):
             pass
         assert (work / "half-done").exists()
     assert not work.exists()
+
+
+def test_what_another_run_has_just_begun_is_left_alone(tmp_path: Path) -> None:
+    output, source = tmp_path / "out", tmp_path / "source"
+    source.mkdir()
+    with workspace(output) as work:
+        assert [entry.name for entry in work.iterdir()] == ["lock"]  # it writes text, and has no file yet
+        check_output(output, source, False)
+        assert (work / "lock").is_file()
+        with pytest.raises(UsageError, match="another run is writing"), workspace(output):
+            pass
+    assert not work.exists()
+
+
+def test_what_a_run_left_that_was_killed_while_it_cleared_up_goes(tmp_path: Path) -> None:
+    output, source = tmp_path / "out", tmp_path / "source"
+    source.mkdir()
+    work_folder(output).mkdir()
+    (work_folder(output) / "lock").touch()
+    check_output(output, source, False)
+    assert not work_folder(output).exists()
+    work_folder(output).mkdir()
+    (work_folder(output) / "healed").mkdir()
+    check_output(output, source, False)
+    assert (work_folder(output) / "healed").is_dir()
 
 
 def test_publish_replaces_by_renaming(tmp_path: Path) -> None:
