@@ -337,9 +337,7 @@ def publish(staged: Path, output: Path, journal: Journal | None = None, sums: Ma
     files = sorted(file for file in staged.iterdir() if file.name != MANIFEST)
     entries = {file.name: {"size": file.stat().st_size, "sha256": known.get(file.name) or sha256(file)} for file in files}
     write_json(staged / MANIFEST, {"version": FORMAT_VERSION, "files": entries})
-    for file in staged.iterdir():
-        sync(file)
-    sync(staged)
+    sync_folder(staged)
     if journal is not None:
         journal.record(PUBLISHED, sha256(staged / MANIFEST))
     if output.exists():
@@ -353,6 +351,13 @@ def is_published(output: Path, entries: Mapping[str, Any]) -> bool:
     """Whether an output is what the run whose journal has these entries has published: all that is left is to clear up."""
     manifest = output / MANIFEST
     return PUBLISHED in entries and manifest.is_file() and sha256(manifest) == entries[PUBLISHED]
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when a folder and the files in it are on the disk."""
+    for file in folder.iterdir():
+        sync(file)
+    sync(folder)
 
 
 def sync(path: Path) -> None:

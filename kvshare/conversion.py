@@ -23,6 +23,7 @@ from kvshare.checkpoint import (
     is_published,
     publish,
     sha256,
+    sync_folder,
     work_folder,
     workspace,
     write_files,
@@ -232,10 +233,11 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
         rows = calibration_rows(settings, tokenizer, teacher, progress)
     held_out = _held_out(settings, tokenizer, teacher, progress)
     cache = SelfCache(work, json.dumps(plan.source.fingerprint))
+    healing = None
+    if settings.heal.enabled and HEALED not in journal:
+        healing = heal_rows(settings, tokenizer, teacher, progress, cache)
     if CONTAMINATION not in journal:
-        trained = [] if rows is None else [rows]
-        if settings.heal.enabled and held_out is not None:
-            trained.append(heal_rows(settings, tokenizer, teacher, progress, cache))
+        trained = [text for text in (rows, healing) if text is not None]
         found = None if held_out is None else contamination(held_out, trained)
         journal.record(CONTAMINATION, None if found is None else asdict(found))
     if settings.cache_budget is not None and SENSITIVITY not in journal:
@@ -247,15 +249,17 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     staged = work / "merged"
     if MERGED not in journal:
         report = write_merged(staged, plan, rows, held_out, device, journal, progress)
+        sync_folder(staged)
         journal.record(MERGED, None if report is None else asdict(report))
     if settings.heal.enabled:
         merged, staged = staged, work / "healed"
         if HEALED not in journal:
-            rows = heal_rows(settings, tokenizer, teacher, progress, cache)
+            assert healing is not None
             training = work / "training"
             training.mkdir(exist_ok=True)
-            healed = heal_into(fresh_folder(staged), merged, teacher, rows, settings, training, True, progress)
+            healed = heal_into(fresh_folder(staged), merged, teacher, healing, settings, training, True, progress)
             carry_files(merged, staged)
+            sync_folder(staged)
             journal.record(HEALED, asdict(healed))
     reload(staged, {t.name: (t.dtype, t.shape) for t in plan.tensors}, [t.name for t in plan.tensors if t.action == "merge"])
     if settings.evaluation.mode == "whole" and MEASURED not in journal:
