@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
@@ -38,26 +40,26 @@ def run(
     from kvshare.conversion import check_conversion
     from kvshare.duration import estimate_seconds
 
+    settings: dict[str, Any] = {
+        "init": init,
+        "kv_heads": kv_heads,
+        "cache_budget": cache_budget,
+        "recipe": recipe,
+        "calibration": calibration,
+        "calibration_tokens": calibration_tokens,
+        "statistics": statistics,
+        "heal": heal,
+        "heal_data": heal_data,
+        "heal_tokens": heal_tokens,
+        "eval_data": eval_data,
+        "eval_tokens": eval_tokens,
+        "eval_mode": eval_mode,
+        "max_perplexity_increase": max_perplexity_increase,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+    }
     if dry_run:
-        planned = plan(
-            model,
-            init=init,
-            kv_heads=kv_heads,
-            cache_budget=cache_budget,
-            recipe=recipe,
-            calibration=calibration,
-            calibration_tokens=calibration_tokens,
-            statistics=statistics,
-            heal=heal,
-            heal_data=heal_data,
-            heal_tokens=heal_tokens,
-            eval_data=eval_data,
-            eval_tokens=eval_tokens,
-            eval_mode=eval_mode,
-            max_perplexity_increase=max_perplexity_increase,
-            seed=seed,
-            max_shard_size=max_shard_size,
-        )
+        planned = plan(model, **settings)
         check_conversion(planned, output, overwrite)
         values = planned.to_dict() | {"seconds": estimate_seconds(planned), "output": str(output)}
         if as_json:
@@ -68,29 +70,7 @@ def run(
         return
     try:
         with shown_progress(quiet) as progress:
-            result = convert(
-                model,
-                output,
-                init=init,
-                kv_heads=kv_heads,
-                cache_budget=cache_budget,
-                recipe=recipe,
-                calibration=calibration,
-                calibration_tokens=calibration_tokens,
-                statistics=statistics,
-                heal=heal,
-                heal_data=heal_data,
-                heal_tokens=heal_tokens,
-                eval_data=eval_data,
-                eval_tokens=eval_tokens,
-                eval_mode=eval_mode,
-                max_perplexity_increase=max_perplexity_increase,
-                seed=seed,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-                restart=restart,
-                progress=progress,
-            )
+            result = convert(model, output, **settings, overwrite=overwrite, restart=restart, progress=progress)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from here, --restart begins again", err=True)
         raise

@@ -20,11 +20,12 @@ from kvshare.errors import UsageError, closest
 from kvshare.evaluation import stored_dtype
 from kvshare.figures import as_json
 from kvshare.loading import load, load_native
+from kvshare.native import read_config, require_one_vocabulary
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Bench, settings_of
 from kvshare.sizes import bytes_of
 from kvshare.source import Source, open_source
-from kvshare.tensors import DTYPES
+from kvshare.tensors import DTYPES, best_device
 from kvshare.timing import Run, held_bytes, measure_pair
 from kvshare.verification import read_block
 
@@ -250,18 +251,8 @@ def _check_folder(output: Path, read: tuple[Path, Path], overwrite: bool) -> Non
 
 
 def _check_fitting(settings: Bench, folder: Path, origin: Source) -> None:
-    from transformers import AutoConfig
-
-    model, source = (
-        AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True) for path in (folder, origin.path)
-    )
-    if model.vocab_size != source.vocab_size:
-        raise UsageError(
-            f"{folder} and {origin.name} cannot be compared",
-            "their vocabularies differ",
-            "give the model that the checkpoint was converted from",
-        )
-    longest = getattr(source, "max_position_embeddings", None)
+    require_one_vocabulary(folder, origin)
+    longest = getattr(read_config(origin.path), "max_position_embeddings", None)
     needed = max(settings.contexts) + settings.new_tokens
     if longest is not None and needed > longest:
         raise UsageError(
@@ -279,7 +270,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return best_device()
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -30,7 +30,7 @@ from kvshare.checkpoint import (
     write_json,
 )
 from kvshare.contamination import Contamination, contamination
-from kvshare.data import SelfCache, calibration_rows, check_data, check_tokenizer, load_tokenizer
+from kvshare.data import SelfCache, calibration_rows, tokenizer_for
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
@@ -49,6 +49,7 @@ from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
 from kvshare.statistics import open_statistics
+from kvshare.tensors import best_device
 from kvshare.training import HealResult, check_healing
 
 # the stages, as the journal names them
@@ -189,11 +190,7 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     native_class(plan.source.path, plan.source.tensors)
     if plan.recipe.heal.enabled:
         check_healing(plan.recipe.heal, plan.family)
-    tokenizer = load_tokenizer(plan.source.path)
-    for data in data_used(plan.recipe):
-        check_data(data)
-        check_tokenizer(tokenizer, data)
-    return tokenizer
+    return tokenizer_for(plan.source.path, data_used(plan.recipe))
 
 
 def _job(plan: Plan) -> dict[str, Any]:
@@ -212,13 +209,9 @@ def _job(plan: Plan) -> dict[str, Any]:
             "kvshare": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "device": _device().type,
+            "device": best_device().type,
         }
     )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Progress) -> Path:
@@ -226,7 +219,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
 
     Stages that the journal holds are not done again.
     """
-    settings, device = plan.recipe, _device()
+    settings, device = plan.recipe, best_device()
     teacher = load_native(plan.source.path, dtype=torch.float32).to(device) if needs_whole(settings) else None
     rows = None
     if calibrates(settings) and MERGED not in journal:

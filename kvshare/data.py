@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -378,3 +378,16 @@ def load_tokenizer(path: Path) -> Any:
             (str(error).splitlines() or ["unknown reason"])[0],
             "put the model's tokenizer files into its folder",
         ) from error
+
+
+def tokenizer_for(path: Path, texts: Iterable[str]) -> Any:
+    """The tokenizer of a model folder, if there are these texts, DATA arguments, and it can read them.
+
+    Raises:
+        UsageError: see `load_tokenizer`, `check_data` and `check_tokenizer`.
+    """
+    tokenizer = load_tokenizer(path)
+    for data in texts:
+        check_data(data)
+        check_tokenizer(tokenizer, data)
+    return tokenizer

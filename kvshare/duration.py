@@ -66,7 +66,9 @@ def _product_on_cpu(rows: int, hidden: int) -> Callable[[], object]:
 def _product_on_gpu(rows: int, hidden: int) -> Callable[[], object]:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from kvshare.tensors import best_device
+
+    device = best_device()
     left, right = torch.ones(rows, hidden, device=device), torch.ones(hidden, 4 * hidden, device=device)
     return lambda: float((left @ right)[-1, -1])  # reading a number waits for the device
 

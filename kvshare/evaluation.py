@@ -19,7 +19,7 @@ from kvshare.exact import through_cache
 from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities
 from kvshare.loading import Forward, load, load_native, plain_forward
 from kvshare.mixture import uses_self
-from kvshare.native import read_config
+from kvshare.native import require_one_vocabulary
 from kvshare.positions import PositionFigures, by_position
 from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
@@ -27,7 +27,7 @@ from kvshare.quantised import quantised_bytes, through_quantised_cache
 from kvshare.recipe import Probes, load_recipe, settings_of
 from kvshare.sections import Evaluation
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
-from kvshare.tensors import DTYPES
+from kvshare.tensors import DTYPES, best_device
 from kvshare.verification import read_block
 
 PROMPT_TOKENS, GENERATED_TOKENS = 16, 48  # of the sequence whose cache is measured
@@ -171,15 +171,10 @@ def evaluate(
     check_data(data)
     source = open_source(against)
     tokenizer = load_tokenizer(folders[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_native(source.path, dtype=torch.float32).to(device)
     for folder in folders:
-        if read_config(folder).vocab_size != teacher.config.vocab_size:
-            raise UsageError(
-                f"{folder} and {source.name} cannot be compared",
-                "their vocabularies differ",
-                "give the model that the checkpoint was converted from",
-            )
+        require_one_vocabulary(folder, source)
+    device = best_device()
+    teacher = load_native(source.path, dtype=torch.float32).to(device)
     longest = int(getattr(teacher.config, "max_position_embeddings", None) or recipe.evaluation.sequence_length)
     check_probes(probes, longest)
 

@@ -19,7 +19,7 @@ from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.runtime.modeling_kvshare import VALUE_ERROR, exact_maps, round_keys
 from kvshare.source import ITEM_BYTES
-from kvshare.tensors import DTYPES, read_tensor
+from kvshare.tensors import DTYPES, best_device, read_tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def check_layer(key: Tensor, value: Tensor, layer: int, dtype: torch.dtype) -> E
         layer: its index.
         dtype: what the cache holds.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     key, value = key.to(device, torch.float64), value.to(device, torch.float64)
     return ExactLayer(layer, float(torch.linalg.cond(key)), exact_maps(key, value, dtype).error)
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from kvshare.activations import LayerCall, first_inputs, rotary_dim
 from kvshare.budget import divisors, head_units
 from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
-from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
+from kvshare.data import calibration_rows, tokenizer_for
 from kvshare.findings import Inspection, LayerFigures, LayerOption
 from kvshare.layerwise import Solved, solve_alone
-from kvshare.loading import load_native
+from kvshare.loading import writer_of
 from kvshare.merge.regroup import layer_problems
-from kvshare.mixture import named, uses_self
+from kvshare.mixture import named
 from kvshare.page import render_page
 from kvshare.passes import attention_of, source_pass
 from kvshare.planning import Plan, make_plan
@@ -32,6 +32,7 @@ from kvshare.sensitivity import per_energy
 from kvshare.source import ITEM_BYTES, open_source
 from kvshare.spectra import HeadFigures, head_figures, joint_energies
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
+from kvshare.tensors import best_device
 
 
 def inspect(
@@ -63,10 +64,8 @@ def inspect(
     tokenizer, settings = check_inspection(plan, target, overwrite), recipe.calibration
 
     with workspace(target) as work:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        writer = load_native(source.path, dtype=torch.float32).to(device) if uses_self(settings.data) else None
-        rows = calibration_rows(recipe, tokenizer, writer, progress)
-        del writer  # what follows takes a layer at a time
+        device = best_device()
+        rows = calibration_rows(recipe, tokenizer, writer_of(settings.data, source.path, device), progress)
         layers = tuple(inspect_layers(open_skeleton(source, plan.family), plan, rows, device, progress))
         result = Inspection(
             target,
@@ -103,10 +102,7 @@ def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:
         KVShareError: see the modules `checkpoint` and `data`.
     """
     check_output(target, plan.source.path, overwrite)
-    tokenizer = load_tokenizer(plan.source.path)
-    check_data(plan.recipe.calibration.data)
-    check_tokenizer(tokenizer, plan.recipe.calibration.data)
-    return tokenizer
+    return tokenizer_for(plan.source.path, [plan.recipe.calibration.data])
 
 
 def write_files(folder: Path, inspection: Inspection) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError
+from kvshare.mixture import uses_self
 from kvshare.native import native_class, read_config
 from kvshare.parsing import shown
 from kvshare.source import read_json, read_tensor_specs, weight_files
@@ -66,6 +67,11 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
 
     native_class(folder, read_tensor_specs(folder, weight_files(folder)))
     return _strict(transformers.AutoModelForCausalLM, folder, dtype=dtype, device_map=device_map, trust_remote_code=False)
+
+
+def writer_of(data: str, folder: Path, device: torch.device) -> Any:
+    """The model of a folder in float32, if it is to write some of a text; otherwise None, and no model is held in memory."""
+    return load_native(folder, dtype=torch.float32).to(device) if uses_self(data) else None
 
 
 def reload(folder: Path, planned: Mapping[str, tuple[str, tuple[int, ...]]], touched: Collection[str]) -> None:

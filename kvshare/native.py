@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from kvshare.errors import BadCheckpointError, UnsupportedModelError
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.parsing import is_file, shown
-from kvshare.source import FLOATS, TensorSpec, read_json
+from kvshare.source import FLOATS, Source, TensorSpec, read_json
 from kvshare.tensors import DTYPES
 
 GENERATION = "generation_config.json"
@@ -46,6 +46,21 @@ def read_config(folder: Path) -> Any:
         except Exception as error:  # as above
             raise _refused(folder / GENERATION, error) from error
     return config
+
+
+def require_one_vocabulary(checkpoint: Path, source: Source) -> None:
+    """Refuse two models whose logits cannot be held against each other.
+
+    Raises:
+        UsageError: their vocabularies differ.
+        BadCheckpointError: see `read_config`.
+    """
+    if read_config(checkpoint).vocab_size != read_config(source.path).vocab_size:
+        raise UsageError(
+            f"{checkpoint} and {source.name} cannot be compared",
+            "their vocabularies differ",
+            "give the model that the checkpoint was converted from",
+        )
 
 
 def _refused(file: Path, error: Exception) -> BadCheckpointError:

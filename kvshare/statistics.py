@@ -22,12 +22,12 @@ from torch import Tensor
 from kvshare import __version__
 from kvshare.activations import first_inputs
 from kvshare.checkpoint import check_output, check_space, fresh_folder, publish, workspace, write_json
-from kvshare.data import calibration_rows, check_data, check_tokenizer, load_tokenizer
+from kvshare.data import calibration_rows, tokenizer_for
 from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.layerwise import source_moments
-from kvshare.loading import load_native
+from kvshare.loading import writer_of
 from kvshare.merge import AttentionWeights, Grouping, Moments
-from kvshare.mixture import named, uses_self
+from kvshare.mixture import named
 from kvshare.moments import moment_numbers
 from kvshare.parsing import is_file, shown
 from kvshare.passes import advance
@@ -36,7 +36,7 @@ from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import open_source, read_header, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
-from kvshare.tensors import read_tensor
+from kvshare.tensors import best_device, read_tensor
 from kvshare.verification import listed_files
 
 DESCRIPTION = "statistics.json"
@@ -93,10 +93,8 @@ def calibrate(
     plan = make_plan(source, settings)
     tokenizer = check_calibration(plan, target, overwrite)
     with workspace(target) as work:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        writer = load_native(source.path, dtype=torch.float32).to(device) if uses_self(settings.calibration.data) else None
-        rows = calibration_rows(settings, tokenizer, writer, progress)
-        del writer  # what follows takes a layer at a time
+        device = best_device()
+        rows = calibration_rows(settings, tokenizer, writer_of(settings.calibration.data, source.path, device), progress)
         staged = fresh_folder(work / "statistics")
         layers = []
         skeleton = open_skeleton(source, plan.family, work)
@@ -143,10 +141,7 @@ def check_calibration(plan: Plan, target: Path, overwrite: bool) -> Any:
         )
     check_output(target, plan.source.path, overwrite)
     check_space(target, statistics_bytes(plan))
-    tokenizer = load_tokenizer(plan.source.path)
-    check_data(plan.recipe.calibration.data)
-    check_tokenizer(tokenizer, plan.recipe.calibration.data)
-    return tokenizer
+    return tokenizer_for(plan.source.path, [plan.recipe.calibration.data])
 
 
 def statistics_bytes(plan: Plan) -> int:

@@ -25,6 +25,11 @@ EXPONENTS = {
 }
 
 
+def best_device() -> torch.device:
+    """Where to compute if nothing else is said: the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def is_finite(value: Tensor) -> bool:
     """Whether a tensor of floating-point numbers on the CPU holds neither NaN nor infinity.
 

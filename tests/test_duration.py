@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvshare
-from kvshare import duration
+from kvshare import duration, layerwise, sensitivity
 from kvshare.duration import closed_form_steps, estimate_seconds, product_rate, stage_operations
 from kvshare.loading import load_native
+from kvshare.merge import regroup, svd
 from kvshare.source import TINY, open_source
 
 TEXT = {"calibration": "a.txt", "heal_data": "a.txt", "eval_data": "a.txt"}
@@ -51,3 +52,12 @@ def test_steps_of_the_closed_form() -> None:
 
 def test_the_speed_is_measured() -> None:
     assert 1e7 < product_rate(64) < 1e14
+
+
+def test_steps_are_those_that_are_taken() -> None:
+    # duration knows them a second time, because the plan that shows them does without torch
+    assert svd.ITERATIONS == duration.SEARCH_STEPS
+    assert 3 * svd.RESTARTED_ITERATIONS == 2 * duration.SEARCH_STEPS
+    assert regroup.PAIR_ITERATIONS == duration.PAIR_STEPS
+    assert layerwise.ALONE_ITERATIONS == duration.STATISTICS_STEPS
+    assert sensitivity.HELD_OUT_TOKENS == duration.CHOSEN_ON
