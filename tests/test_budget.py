@@ -23,9 +23,9 @@ import kvshare
 from kvshare.activations import first_inputs
 from kvshare.budget import budget_units, choose_budget, divisors, frontier, head_units, stored_heads
 from kvshare.errors import UsageError
-from kvshare.healing import distillation_loss
 from kvshare.layerwise import merge_alone
 from kvshare.loading import load_native
+from kvshare.losses import distillation_loss
 from kvshare.passes import passed, source_pass
 from kvshare.planning import plan
 from kvshare.progress import silent

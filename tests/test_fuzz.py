@@ -43,9 +43,9 @@ from kvshare.checkpoint import MANIFEST, write_json
 from kvshare.data import SEPARATOR, check_data, load_tokenizer, token_rows
 from kvshare.errors import KVShareError
 from kvshare.families import family_of
-from kvshare.healing import FINGERPRINT, HealResult, _check_state
+from kvshare.healing import COMMAND, _check_earlier
 from kvshare.hub import describe
-from kvshare.journal import JOURNAL, open_journal
+from kvshare.journal import JOURNAL, open_journal, read_journal
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native
 from kvshare.planning import make_plan
@@ -57,6 +57,7 @@ from kvshare.sizes import bytes_of
 from kvshare.source import INDEX, SINGLE, Source, open_source, read_header
 from kvshare.statistics import DESCRIPTION, LAYER_FILE
 from kvshare.streaming import open_skeleton
+from kvshare.training import HealResult
 from kvshare.verification import read_block, verify, verify_form
 
 # ---------------------------------------------------------------------------------------------------------------------- inputs
@@ -546,14 +547,15 @@ def test_front_matter(files: Files, folder: Path, data: st.DataObject) -> None:
         assert yaml.safe_load(card.partition("---\n")[2].partition("\n---\n")[0])["library_name"] == "transformers"
 
 
-JOB = {"checkpoint": "0" * 64, "source": {"model.safetensors": 5}, "kvshare": "0.1.0", "seed": 0, "tokens": 100, "data": "self"}
+JOB = {"command": COMMAND, "checkpoint": "0" * 64, "kvshare": "0.1.0", "seed": 0, "heal.tokens": 100, "text.self": "self"}
 
 
 @cases()
-@given(data=st.data())
-def test_jobs(folder: Path, data: st.DataObject) -> None:
-    (folder / FINGERPRINT).write_bytes(data.draw(texts(JOB)))
-    outcome(lambda: _check_state(folder, JOB))
+@given(data=st.data(), resume=st.booleans())
+def test_jobs(folder: Path, data: st.DataObject, resume: bool) -> None:
+    """Healing that broke off: the job that it says it was."""
+    (folder / JOURNAL).write_bytes(data.draw(texts({"name": "job", "value": JOB})) + b"\n")
+    outcome(lambda: _check_earlier(read_journal(folder / JOURNAL), JOB, folder, resume))
 
 
 RESULTS: dict[str, tuple[Any, Any]] = {
@@ -561,7 +563,7 @@ RESULTS: dict[str, tuple[Any, Any]] = {
         LayerReport,
         {"layer": 0, "lost": 0.1, "error": 0.2, "balance": 1.0, "condition": 2.0, "grouping": [[0], [1]], "fit": None},
     ),
-    "healed": (HealResult, {"tokens": 5, "steps": 1, "losses": [[1, 0.5]]}),
+    "healed": (HealResult, {"tokens": 5, "steps": 1, "losses": [[1, 0.5]], "terms": {"kl": 0.5}, "report": None}),
     "sensitivity": (
         Sensitivity,
         {

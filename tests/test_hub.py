@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import kvshare
+from kvshare.duration import estimate_seconds
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_canaryCanaryCanaryCanaryCanary"
@@ -101,6 +102,7 @@ def test_a_plan_of_a_hub_model_downloads_no_weights(served: Hub, tmp_path: Path)
     result = plan(served, tmp_path / "home", "org/model@main")
     assert result.returncode == 0, result.stderr
     remote, local = json.loads(result.stdout), kvshare.plan(served.folder).to_dict()
+    assert remote.pop("seconds").keys() == estimate_seconds(kvshare.plan(served.folder)).keys()
     assert (remote.pop("model"), remote.pop("commit")) == ("org/model", COMMIT)
     del local["model"], local["commit"]
     assert remote == local
