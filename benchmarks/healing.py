@@ -12,6 +12,7 @@ is in the file is not repeated, so the run may be stopped and started again. Not
 Everything is trained by the same loop on the same rows with LoRA on queries, outputs and the MLP:
 
 - `kl`: as the recipes do; `cross-entropy`: the text alone; `self`: text that the source wrote; `mean`: from the mean of K and V;
+- `progressive`, `mean progressive`: attention passes from the source's to the shared one over the first 30 % of the training;
 - `gqa`: K and V kept apart, neighbouring heads averaged to half as many as `kl` shares, so that the cache is the same;
 - `more training`: the source on the text alone; K and V are trained as shared projections are;
 - `int8`, `int4`: the source with its cache in so many bits, not trained;
@@ -230,6 +231,9 @@ def measure_all(book: Book, bench: Bench) -> None:
             measure(f"cross-entropy {heads}", start, seed, **TEXT_ALONE)
             measure(f"mean {heads}", partial(bench.shared, "mean", heads, seed), seed)
             measure(f"self {heads}", start, seed, "self")
+            if heads == bench.heads:
+                measure(f"progressive {heads}", start, seed, progressive=0.3)
+                measure(f"mean progressive {heads}", partial(bench.shared, "mean", heads, seed), seed, progressive=0.3)
             if heads % 2 == 0:
                 grouped = partial(bench.grouped, heads // 2)
                 measure(f"gqa {heads}", grouped, seed, lora_targets=_with_values(bench))

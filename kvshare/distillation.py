@@ -170,10 +170,10 @@ def hold_once(student: nn.Module, teacher: nn.Module) -> None:
             value.data = same.data
 
 
-def make_watch(state: Path, divergence_factor: float, progress: Progress) -> Any:
+def make_watch(state: Path, divergence_factor: float, settled: int, progress: Progress) -> Any:
     """A callback that stops training which goes wrong, reports to `progress`, and marks states that are complete.
 
-    Its method `check_loss` takes the loss of every forward.
+    Its method `check_loss` takes the loss of every forward. Divergence is looked for in the losses after `settled` steps.
     """
     from transformers import TrainerCallback
 
@@ -192,7 +192,7 @@ def make_watch(state: Path, divergence_factor: float, progress: Progress) -> Any
                 raise stopped(folder, self.step, "the loss is a number, and its gradient is not")
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+            losses = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > settled]
             if reason := diverged(losses, divergence_factor):
                 raise stopped(folder, state.global_step, reason)
 

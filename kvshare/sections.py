@@ -117,6 +117,8 @@ class Heal(Section):
     """Weight of the cross-entropy of the text itself."""
     attention_matching: NonNegative = 0.0
     """Weight of the squared error of every shared layer's attention output, relative to the teacher's."""
+    progressive: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The part of training over which attention passes from the source's to the shared one; 0: it is the shared one throughout."""
     teacher_top_k: Positive | None = None
     """Keep so many of the teacher's probabilities per token, and the sum of the others, on the disk before training begins: the
     teacher then takes no part in it. None: it runs beside the student."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import processes
+from kvshare.annealing import annealed, passage
 from kvshare.contamination import Contamination
 from kvshare.data import rows_per_forward
 from kvshare.distillation import (
@@ -96,11 +97,11 @@ def train(
     def optimizer() -> torch.optim.Optimizer:
         return make_optimizer(adapted, family.k, rate, settings.shared_rate)
 
-    layers = _attention_pairs(adapted.get_base_model(), teacher, family)
+    layers = attention_pairs(adapted.get_base_model(), teacher, family)
     wanted = _targets(teacher, rows, settings, state / "teacher", progress)
     preflight(adapted, wanted, rows, settings, layers, schedule, optimizer, state / "preflight", seed)
     transformers.set_seed(seed)
-    watch = make_watch(state, settings.divergence_factor, progress)
+    watch = make_watch(state, settings.divergence_factor, math.ceil(settings.progressive * steps), progress)
     arguments = training_arguments(state, schedule, settings, settings.save_steps, seed)
     trainer = make_trainer(adapted, wanted, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
@@ -108,7 +109,8 @@ def train(
     for folder in state.glob("checkpoint-*") if processes.is_first() else ():
         if folder != newest:
             shutil.rmtree(folder)  # broken off while it was written, or older
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    with annealed(layers if settings.progressive else [], lambda: passage(trainer.state.global_step, steps, settings.progressive)):
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     trained = {name.removeprefix("base_model.model.") for name, value in adapted.named_parameters() if value.requires_grad}
     modules = {name.split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
     # in place, the merge would change the teacher, which has the same weights
@@ -149,7 +151,7 @@ def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
     return get_peft_model(student, config)
 
 
-def _attention_pairs(student: Any, teacher: Any, family: Family) -> list[tuple[nn.Module, nn.Module]]:
+def attention_pairs(student: Any, teacher: Any, family: Family) -> list[tuple[nn.Module, nn.Module]]:
     """The attention modules of the shared layers, the student's and the teacher's."""
     names = [family.attention.format(layer=layer) for layer in student.config.kvshare["layers"]]
     return [(student.get_submodule(name), teacher.get_submodule(name)) for name in names]
@@ -191,14 +193,21 @@ def check_healing(settings: Heal, family: Family) -> None:
     """Refuse settings that this family or this machine does not bear, before anything is spent.
 
     Raises:
-        UsageError: LoRA for a fused tensor; a tracker that the Trainer does not know or that is not installed, or tensorboard
-            without a folder of its own.
+        UsageError: LoRA for a fused tensor; progressive sharing without the teacher's attention; a tracker that the Trainer does
+            not know or that is not installed, or tensorboard without a folder of its own.
     """
     if settings.shared == "lora" and family.fused:
         raise UsageError(
             f"heal.shared = 'lora' does not go with {family.model_type}",
             "its queries, keys and values are one tensor, which is trained in full",
             "leave heal.shared out",
+        )
+    if settings.progressive and (settings.teacher_top_k is not None or settings.compile):
+        other = "compile" if settings.compile else "teacher_top_k"
+        raise UsageError(
+            f"heal.progressive does not go with heal.{other}",
+            "it computes the source's attention beside the student's, with a weight that changes from step to step",
+            f"leave one of heal.progressive and heal.{other} out",
         )
     from transformers.integrations import get_available_reporting_integrations
 

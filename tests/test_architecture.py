@@ -35,7 +35,7 @@ LAYERS = [
     ["benching", "streams", "quality"],
     ["card_plot"],
     ["card", "publishing"],
-    ["losses", "targets"],
+    ["losses", "targets", "annealing"],
     ["distillation"],
     ["preflight"],
     ["training"],
