@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 PLOT = "report.png"
+WIDTH, HEIGHT, LEFT = 4.5, 3.2, 0.8  # of a panel, and what its labels take of it, in inches
 BY_LAYER = {  # keys of a layer's report: how the figure names them
     "lost": "energy dropped by the closed form (predicted)",
     "error": "error of the attention output (measured)",
@@ -37,7 +38,10 @@ def draw_plot(report: dict[str, Any]) -> bytes | None:
     if not panels:
         return None
     with style.context("default"):
-        figure = Figure(figsize=(4.5 * len(panels), 3.2), dpi=100, layout="tight")
+        figure = Figure(figsize=(WIDTH * len(panels), HEIGHT), dpi=100)
+        # room for labels as they are: measuring them takes longer than drawing
+        width = WIDTH * len(panels)
+        figure.subplots_adjust(LEFT / width, 0.5 / HEIGHT, 1 - 0.15 / width, 1 - 0.35 / HEIGHT, LEFT / (WIDTH - LEFT - 0.15))
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel(axes)
@@ -73,6 +77,7 @@ def _layers(report: dict[str, Any]) -> Callable[[Axes], None] | None:
     def draw(axes: Axes) -> None:
         for label, points in series.items():
             axes.semilogy(*zip(*points, strict=True), marker="o", label=label)
+        axes.minorticks_off()
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("fraction")

@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import gc
 import json
 import math
 import shutil
@@ -47,6 +48,17 @@ TEXT = [
 ]
 # One closed form per layer, for tests that are not about which of several is the best.
 QUICK = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What stays to the end is not looked through again: the Trainer collects garbage several times in every run."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
