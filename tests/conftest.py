@@ -26,6 +26,8 @@ from kvshare.cli import main
 
 import kvshare
 from kvshare.budget import LayerHeads, head_units
+from kvshare.data import load_rows, load_tokenizer
+from kvshare.loading import load_native
 from kvshare.planning import Plan
 from kvshare.recipe import Recipe
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
@@ -140,6 +142,22 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def own_text(once: Callable[[str, Callable[[Path], Any]], Path]) -> tuple[str, str]:
+    """Two text files that the bundled model wrote, what it knows well: one to calibrate and heal on, one to measure on."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        tokenizer = load_tokenizer(TINY_FOLDER)
+        rows = load_rows("self", tokenizer, load_native(TINY_FOLDER, dtype=torch.float32), 24_576, 128, 0)
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        (folder / "heal.txt").write_text("<|endoftext|>".join(texts[:136]))
+        (folder / "val.txt").write_text("<|endoftext|>".join(texts[136:]))
+
+    folder = once("own-text", write)
+    return str(folder / "heal.txt"), str(folder / "val.txt")
+
+
+@pytest.fixture(scope="session")
 def source_folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
     """A source model by its key in SOURCES or SQUARE, made once; `tiny` is the bundled, really trained one."""
 
@@ -163,7 +181,7 @@ def converted_folder(
         return once(
             f"{key}-{kv_heads}-{init}".replace("/", "of"),
             lambda folder: kvshare.convert(
-                source_folder(key), folder, recipe=QUICK, eval_data=text_file, eval_tokens=2048, **settings
+                source_folder(key), folder, recipe=QUICK, eval_data=text_file, eval_tokens=1024, **settings
             ),
         )
 
@@ -178,11 +196,10 @@ def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: st
         layers = tuple((Damage(heads, head_units((heads,), plan.source_kv_heads), 0.0, 0.0),) for heads in chosen)
         return Sensitivity(layers, chosen, units, units, Agreement(math.nan, math.nan, math.nan), 0)
 
-    text = {"calibration": text_file, "calibration_tokens": 4096, "eval_data": text_file, "eval_tokens": 2048}
-    recipe = Recipe.model_validate({"merge": {"balance": [1.0]}})
+    text = {"calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 512}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvshare.conversion.measure_sensitivity", choose)
-        kvshare.convert(source, output, recipe=recipe, cache_budget=1.0, **{"heal": False, **text, **settings})
+        kvshare.convert(source, output, recipe=QUICK, cache_budget=1.0, **{"heal": False, **text, **settings})
 
 
 def mixed_layers(key: str, source_heads: int) -> LayerHeads:

@@ -123,7 +123,9 @@ def test_what_leaves_no_choice_is_refused(settings: dict[str, Any], named: str, 
 
 def test_a_single_row_is_refused(tmp_path: Path, text_file: str) -> None:
     with pytest.raises(UsageError, match="too little calibration text"):
-        kvshare.convert(TINY, tmp_path / "out", cache_budget=0.5, calibration=text_file, calibration_tokens=512, heal=False)
+        kvshare.convert(
+            TINY, tmp_path / "out", cache_budget=0.5, calibration=text_file, calibration_tokens=512, heal=False, eval_mode="off"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,8 +248,8 @@ def test_a_budget_of_everything_touches_nothing(tmp_path: Path, text_file: str) 
 
 
 @pytest.fixture(scope="module")
-def budgeted(once: Callable[[str, Callable[[Path], Any]], Path]) -> dict[str, Any]:
-    """The report of the bundled model under a budget, calibrated on text that it writes itself."""
+def budgeted(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple[str, str]) -> dict[str, Any]:
+    """The report of the bundled model under a budget, calibrated on text that it wrote itself."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -255,10 +257,10 @@ def budgeted(once: Callable[[str, Callable[[Path], Any]], Path]) -> dict[str, An
             yaml.safe_dump(
                 {
                     "cache_budget": 0.3,
-                    "calibration": {"tokens": 4_096, "sequence_length": 128},
+                    "calibration": {"data": own_text[0], "tokens": 4_096, "sequence_length": 128},
                     "merge": {"balance": [1.0]},
                     "heal": {"enabled": False},
-                    "evaluation": {"tokens": 4_096},
+                    "evaluation": {"data": own_text[1], "tokens": 4_096},
                 }
             )
         )

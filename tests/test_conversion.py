@@ -27,11 +27,12 @@ from kvshare.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
-def measured(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], dict[str, float]]:
-    """Reports of the bundled, really trained model: calibrated and measured on text that it writes itself."""
+def measured(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple[str, str]) -> Callable[[str], dict[str, float]]:
+    """Reports of the bundled, really trained model: calibrated and measured on text that it wrote itself."""
 
     def get(init: str) -> dict[str, float]:
-        settings: dict[str, Any] = {"init": init, "calibration_tokens": 8_192, "eval_tokens": 8_192, "heal": False}
+        settings: dict[str, Any] = {"init": init, "calibration_tokens": 8_192, "eval_tokens": 6_144, "heal": False}
+        settings |= {"calibration": own_text[0], "eval_data": own_text[1]}
         folder = once(f"measured-{init}", lambda output: kvshare.convert("kvshare/tiny", output, **settings))
         report: dict[str, float] = json.loads((folder / "report.json").read_text())
         return report
@@ -52,17 +53,17 @@ def test_the_naive_mean_does_not(measured: Callable[[str], dict[str, float]]) ->
     assert measured("mean")["kl"] > 20 * measured("svd")["kl"]
 
 
-def test_learning_improves_on_the_closed_form(tmp_path: Path) -> None:
+def test_learning_improves_on_the_closed_form(tmp_path: Path, own_text: tuple[str, str]) -> None:
     recipe = tmp_path / "short.yaml"
     recipe.write_text(
         yaml.safe_dump(
             {
-                "fit": {"steps": 40, "batch_tokens": 2048},
+                "fit": {"steps": 30, "batch_tokens": 1024},
                 "kv_heads": 2,
                 "merge": {"balance": [1.0], "grouping": "neighbours"},
                 "heal": {"enabled": False},
-                "calibration": {"tokens": 12_288, "sequence_length": 128},
-                "evaluation": {"tokens": 4_096, "sequence_length": 128},
+                "calibration": {"data": own_text[0], "tokens": 12_288, "sequence_length": 128},
+                "evaluation": {"data": own_text[1], "tokens": 4_096, "sequence_length": 128},
             }
         )
     )

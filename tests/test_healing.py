@@ -57,12 +57,17 @@ def fails(*_: object, **__: object) -> None:
     raise RuntimeError("this machine cannot")
 
 
-def test_healing_brings_a_trained_model_closer(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_healing_brings_a_trained_model_closer(
+    converted_folder: Callable[..., Path], tmp_path: Path, own_text: tuple[str, str]
+) -> None:
     broken = converted_folder("tiny", 1)
-    result = kvshare.heal(broken, tmp_path / "healed", "kvshare/tiny", "self", recipe=short_recipe(tmp_path, tokens=24_576))
-    before, after = (kvshare.evaluate(folder, "kvshare/tiny", "self", tokens=4096) for folder in (broken, tmp_path / "healed"))
+    recipe = short_recipe(tmp_path, tokens=16_384)
+    heal, val = own_text
+    result = kvshare.heal(broken, tmp_path / "healed", "kvshare/tiny", heal, recipe=recipe, eval_data=val, eval_tokens=4096)
+    before, after = kvshare.evaluate(broken, "kvshare/tiny", val, tokens=4096), result.report
+    assert after is not None
     assert after.kl < 0.9 * before.kl
-    assert result.tokens == 24_576
+    assert result.tokens == 16_384
     assert after.cache_bytes_per_token == before.cache_bytes_per_token
 
 
@@ -298,7 +303,7 @@ def test_every_term_is_reported_and_lowers_itself(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
 ) -> None:
     folder, source = converted_folder("qwen2", 1), source_folder("qwen2")
-    recipe = small(tmp_path, tokens=8_192)
+    recipe = small(tmp_path, tokens=4_096)
     matched, plain = (
         kvshare.heal(folder, tmp_path / name, source, text_file, recipe=_with(recipe, **terms))
         for name, terms in (("a", {"attention_matching": 30.0, "cross_entropy": 0.5}), ("b", {"attention_matching": 1e-9}))

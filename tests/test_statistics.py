@@ -38,7 +38,7 @@ def taken(
     return get
 
 
-@pytest.mark.parametrize(("key", "kv_heads"), [("tiny", "all"), ("tiny", 2), ("qwen3", "all"), ("qwen2", 2), ("gpt2", "all")])
+@pytest.mark.parametrize(("key", "kv_heads"), [("tiny", "all"), ("qwen3", "all"), ("qwen2", 2), ("gpt2", "all")])
 def test_statistics_give_the_weights_that_their_text_gives(
     key: str,
     kv_heads: int | str,
@@ -130,9 +130,12 @@ def test_damaged_statistics_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_large_states_lie_in_files_and_are_the_same(tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_states_lie_in_files_and_are_the_same(
+    source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_folder("qwen3")
     settings: dict[str, Any] = {"recipe": QUICK, "calibration": text_file, "calibration_tokens": 2048, "init": "svd", **BARE}
-    kvshare.convert(TINY_FOLDER, tmp_path / "a", **settings)
+    kvshare.convert(source, tmp_path / "a", **settings)
     mapped = []
 
     def counted(shape: Any, scratch: Path | None = None) -> torch.Tensor:
@@ -142,7 +145,7 @@ def test_large_states_lie_in_files_and_are_the_same(tmp_path: Path, text_file: s
 
     monkeypatch.setattr(activations, "IN_MEMORY", 0)
     monkeypatch.setattr(activations, "room", counted)
-    kvshare.convert(TINY_FOLDER, tmp_path / "b", **settings)
+    kvshare.convert(source, tmp_path / "b", **settings)
     assert mapped
     assert all(mapped)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -157,16 +160,19 @@ def test_room_in_a_file_is_zero_where_nothing_was_written(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []  # the file has no name
 
 
-def test_calibrate_says_what_it_would_write(run: Callable[..., Outcome], tmp_path: Path, text_file: str) -> None:
-    words = ("calibrate", "kvshare/tiny", "-o", tmp_path / "out", "--data", text_file, "--tokens", "2048", "--kv-heads", "4")
+def test_calibrate_says_what_it_would_write(
+    run: Callable[..., Outcome], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    source = source_folder("llama-mha")
+    words = ("calibrate", source, "-o", tmp_path / "out", "--data", text_file, "--tokens", "2048", "--kv-heads", "4")
     result = run(*words, "--dry-run", "--json")
     assert (result.code, result.err) == (0, "")
     planned = json.loads(result.out)
     assert list(tmp_path.iterdir()) == []
-    assert (planned["layers"], planned["kv_heads"]) == (6, 4)
+    assert (planned["layers"], planned["kv_heads"]) == (2, 4)
     result = run(*words, "--json", "--quiet")
     assert result.code == 0, result.err
-    assert json.loads(result.out) == {"output": str(tmp_path / "out"), "tokens": 2048, "layers": 6}
+    assert json.loads(result.out) == {"output": str(tmp_path / "out"), "tokens": 2048, "layers": 2}
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("layer-*"))
     assert 0.9 * planned["disk_bytes"] < written <= 1.01 * planned["disk_bytes"]
     assert run(*words, "--json").code == 2  # exists

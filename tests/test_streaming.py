@@ -75,7 +75,7 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path, source_folder: Cal
         streamed_logits(skeleton_of(source), torch.arange(1, 25)[None])
 
 
-@pytest.mark.parametrize(("key", "init"), [("qwen3", "svd"), ("gpt2", "svd"), ("mistral", "mean"), ("qwen2", "learned")])
+@pytest.mark.parametrize(("key", "init"), [("gpt2", "svd"), ("mistral", "mean"), ("qwen2", "learned")])
 def test_measuring_by_layers_gives_the_figures_of_the_whole_models(
     key: str, init: str, tmp_path: Path, source_folder: Callable[[str], Path], text_file: str
 ) -> None:
