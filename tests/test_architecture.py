@@ -40,6 +40,7 @@ LAYERS = [
     ["preflight"],
     ["training"],
     ["healing", "merged"],
+    ["spreading"],
     ["conversion"],
     ["cli"],
 ]
