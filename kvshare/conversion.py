@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__, processes
+from kvshare import processes
 from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     MANIFEST,
@@ -34,7 +34,7 @@ from kvshare.data import SelfCache, calibration_rows, tokenizer_for
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
-from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal
+from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal, versions
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
@@ -214,8 +214,6 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
 
 def _job(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of a conversion's output."""
-    import transformers
-
     statistics = plan.recipe.calibration.statistics
     return flat(
         {
@@ -225,9 +223,7 @@ def _job(plan: Plan) -> dict[str, Any]:
             "text": {part.data: content_of(part.data) for data in sorted(data_used(plan.recipe)) for part in parts_of(data)},
             "statistics": None if statistics is None else sha256(Path(statistics) / MANIFEST),
             "files": list(plan.files),
-            "kvshare": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **versions(),
             "device": best_device().type,
         }
     )

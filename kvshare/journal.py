@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvshare import __version__
 from kvshare.errors import BadCheckpointError, UnfinishedWorkError
 from kvshare.parsing import is_file
 
@@ -155,6 +156,14 @@ def check_same(earlier: Mapping[str, Any], job: Mapping[str, Any], work: Path, o
                 f"it was {before!r} and is now {now!r}",
                 f"repeat the earlier settings to go on with it, or {otherwise}",
             )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, which may decide bytes."""
+    import torch
+    import transformers
+
+    return {"kvshare": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__, processes
+from kvshare import processes
 from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
-from kvshare.journal import Journal
+from kvshare.journal import Journal, versions
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.merge import AttentionWeights
@@ -325,14 +325,13 @@ def _auto_map(plan: Plan) -> dict[str, str]:
 
 def _block(plan: Plan) -> dict[str, Any]:
     """The kvshare block of config.json: what was done to which model, enough to do it again."""
-    import transformers
-
+    made_with = versions()
     return {
         "format_version": FORMAT_VERSION,
         "form": "exact" if plan.recipe.init == "exact" else "shared",
-        "version": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "version": made_with["kvshare"],
+        "torch": made_with["torch"],
+        "transformers": made_with["transformers"],
         **_shared_layers(plan),
         "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
         "recipe": made_by(plan.recipe),

@@ -83,7 +83,7 @@ def require_exact(source: Source, family: Family, heads: int, source_heads: int,
 def one_process_because(recipe: Recipe) -> tuple[str, str] | None:
     """Why the layers of a conversion cannot be shared out among processes to the same bytes, and what to do; None where they can."""
     if recipe.init == "exact":
-        return "init exact merges no layer: there is nothing to share out", "start it in one process"
+        return "init exact merges no layer, so there is nothing to share out", "start it in one process"
     if recipe.heal.enabled:
         return (
             "healing follows in the same run, and is shared out by rows of text, not by layers",

@@ -40,7 +40,7 @@ LAYERS = [
     ["preflight"],
     ["training"],
     ["healing", "merged"],
-    ["spreading"],
+    ["spreading", "heal_plan"],
     ["conversion"],
     ["cli"],
 ]
