@@ -197,9 +197,7 @@ def check_earlier(earlier: dict[str, Any], job: dict[str, Any], work: Path, resu
         check_same({"command": earlier[JOB].get("command")}, own, work, "remove that folder, or choose another output")
 
 
-def check_heal(
-    folder: Path, target: Path, source: Source, settings: Recipe, measures: bool, resume: bool, overwrite: bool
-) -> Any:
+def check_heal(folder: Path, target: Path, source: Source, settings: Recipe, measures: bool, resume: bool, overwrite: bool) -> Any:
     """Everything that can be refused before a weight is read, but for earlier work; returns the checkpoint's tokenizer.
 
     Args:

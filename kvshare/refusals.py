@@ -81,7 +81,9 @@ def require_exact(source: Source, family: Family, heads: int, source_heads: int,
 
 
 def one_process_because(recipe: Recipe) -> tuple[str, str] | None:
-    """Why the layers of a conversion cannot be shared out among processes to the same bytes, and what to do; None where they can."""
+    """Why the layers of a conversion cannot be shared out among processes to the same bytes, and what to do; None where they
+    can.
+    """
     if recipe.init == "exact":
         return "init exact merges no layer, so there is nothing to share out", "start it in one process"
     if recipe.heal.enabled:
@@ -96,7 +98,7 @@ def one_process_because(recipe: Recipe) -> tuple[str, str] | None:
     if recipe.merge.sequential:
         return (
             "each layer is merged on what the converted layers before it give, so it waits for them",
-            "take statistics once with `kvshare calibrate` and convert with --statistics, or set merge.sequential: false in a recipe",
+            "take statistics once with `kvshare calibrate` and give --statistics, or set merge.sequential: false in a recipe",
         )
     if uses_self(recipe.calibration.data):
         return "every process would write the text of calibration for itself", "give text with --calibration"
