@@ -34,7 +34,7 @@ from kvshare.data import SelfCache, calibration_rows, tokenizer_for
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
-from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal, versions
+from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal, versions
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
@@ -170,7 +170,10 @@ def convert(
     job = _job(plan)
     checked = check_layers(plan, progress) if plan.recipe.init == "exact" else ()
     earlier = {} if restart else read_journal(work_folder(target) / JOURNAL)
+    if processes.count() > 1 and JOB in earlier:
+        check_same(earlier[JOB], job, work_folder(target))  # in all of them, so that none waits for one that has refused
     shares = processes.count() > 1 and MERGED not in earlier
+    progress = progress if processes.is_first() else silent
     rows = calibration_rows(settings, tokenizer, None, progress) if shares and calibrates(settings) else None
     processes.meet()  # all have looked at output and work before one of them writes
     if not processes.is_first():
