@@ -34,12 +34,13 @@ def run(
     """Time prefill and decoding in turns with the source, and measure cache bytes and peak memory."""
     from kvshare import bench
     from kvshare.benching import check_benchmark
+    from kvshare.hub import describe
     from kvshare.recipe import Bench, settings_of
 
     tokens, sizes = options.integers("--contexts", contexts), options.integers("--batch-sizes", batch_sizes)
     if dry_run:
         settings = settings_of(Bench, contexts=tokens, batch_sizes=sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
-        asked = check_benchmark(settings, checkpoint, against, dtype, device, memory, output, overwrite)
+        asked = check_benchmark(settings, checkpoint, describe(against), dtype, device, memory, output, overwrite)
         if as_json:
             print_json({"output": None if output is None else str(output), "device": str(asked.device)} | settings.model_dump())
             return

@@ -24,12 +24,12 @@ def run(
 ) -> None:
     """Pass text through a model, a layer at a time, and keep what the closed form needs to know of it."""
     from kvshare import calibrate
+    from kvshare.hub import describe
     from kvshare.planning import make_plan
-    from kvshare.source import open_source
     from kvshare.statistics import calibration_recipe, check_calibration, statistics_bytes
 
     if dry_run:
-        planned = make_plan(open_source(model), calibration_recipe(recipe, kv_heads, data, tokens, seed))
+        planned = make_plan(describe(model), calibration_recipe(recipe, kv_heads, data, tokens, seed))
         check_calibration(planned, output, overwrite)
         needed = statistics_bytes(planned)
         if as_json:

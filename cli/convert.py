@@ -36,7 +36,7 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Merge K and V, heal, measure, and write an ordinary checkpoint. The same command goes on where it was interrupted."""
-    from kvshare import convert, plan
+    from kvshare import convert, plan, processes
     from kvshare.conversion import check_conversion
     from kvshare.duration import estimate_seconds
 
@@ -68,12 +68,15 @@ def run(
         print_plan(values)
         print(f"nothing was written; without --dry-run, {output} would be")
         return
+    first = processes.is_first()
     try:
-        with shown_progress(quiet) as progress:
+        with shown_progress(quiet or not first) as progress:
             result = convert(model, output, **settings, overwrite=overwrite, restart=restart, progress=progress)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from here, --restart begins again", err=True)
         raise
+    if not first:
+        return
     warn_of_contamination(result.contamination)
     if as_json:
         print_json(result.to_dict() | {"output": str(result.output)})

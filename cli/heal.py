@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from kvshare.cli import options
 from kvshare.cli.comparison import print_reports
-from kvshare.cli.render import print_json, shown_progress, warn_of_contamination
+from kvshare.cli.render import print_heal_plan, print_json, shown_progress, warn_of_contamination
 
 from kvshare import processes
 
@@ -25,29 +25,38 @@ def run(
     seed: options.Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state of the same command.")] = False,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
     """Distil a converted checkpoint on more text; LoRA is merged into the result."""
+    first = processes.is_first()
+    settings: dict[str, Any] = {
+        "tokens": tokens,
+        "recipe": recipe,
+        "eval_data": eval_data,
+        "eval_tokens": eval_tokens,
+        "max_perplexity_increase": max_perplexity_increase,
+        "seed": seed,
+        "resume": resume,
+        "overwrite": overwrite,
+    }
+    if dry_run:
+        from kvshare.heal_plan import plan_heal
+
+        with shown_progress(quiet=True):
+            planned = plan_heal(checkpoint, output, source, data, **settings)
+        values = planned.to_dict() | {"output": str(output)}
+        if as_json and first:
+            print_json(values)
+        elif first:
+            print_heal_plan(values)
+            print(f"nothing was written; without --dry-run, {output} would be")
+        return
     from kvshare import heal
 
-    first = processes.is_first()
     with shown_progress(quiet or not first) as progress:
-        result = heal(
-            checkpoint,
-            output,
-            source,
-            data,
-            tokens=tokens,
-            recipe=recipe,
-            eval_data=eval_data,
-            eval_tokens=eval_tokens,
-            max_perplexity_increase=max_perplexity_increase,
-            seed=seed,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        result = heal(checkpoint, output, source, data, **settings, progress=progress)
     if not first:
         return
     warn_of_contamination(result.contamination)

@@ -22,10 +22,11 @@ def run(
 ) -> None:
     """Show how low the rank of K and V is, layer by layer, and what sharing would drop: a page, JSON and plots."""
     from kvshare import inspect
+    from kvshare.hub import describe
     from kvshare.inspection import check_inspection, inspection_plan
 
     if dry_run:
-        planned = inspection_plan(model, data, tokens, seed)
+        planned = inspection_plan(describe(model), data, tokens, seed)
         check_inspection(planned, output, overwrite)
         settings = planned.recipe.calibration
         if as_json:

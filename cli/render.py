@@ -186,13 +186,38 @@ def print_plan(values: dict[str, Any]) -> None:
             ("init", "", values["init"]),
             ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
             ("disk needed", "", size(values["disk_bytes"])),
-            ("memory needed, about", "", size(values["memory_bytes"])),
+            ("memory needed by each process, about", "", size(values["memory_bytes"])),
             ("time on this machine, about", "", _stages(values["seconds"])),
+            ("processes that can share it", "", "any number" if values["one_process_because"] is None else "one"),
         ],
         ("", "source", "converted"),
     )
+    if values["one_process_because"] is not None:
+        print(f"- one process, because {values['one_process_because']}")
     for reason in values["reasons"]:
         print(f"- {reason}")
+
+
+def print_heal_plan(values: dict[str, Any]) -> None:
+    """What a healing would do, from `HealPlan.to_dict`."""
+    kept = values["teacher_top_k"]
+    asked = "beside the student" if kept is None else f"asked once, {kept:,} probabilities of each token kept"
+    measured = "none" if values["held_out"] is None else f"{values['held_out_tokens']:,} tokens of {values['held_out']}"
+    print_table(
+        f"{values['checkpoint']}, taught by {values['source']}",
+        [
+            ("parameters trained / of the model", f"{values['trained']:,} / {values['parameters']:,}"),
+            ("text", values["data"]),
+            ("tokens", f"{values['tokens']:,}"),
+            ("steps", f"{values['steps']:,} of {values['rows_per_step']} x {values['sequence_length']} tokens"),
+            ("teacher", asked),
+            ("measurement", measured),
+            ("disk needed", size(values["disk_bytes"])),
+            ("memory needed by each process, about", size(values["memory_bytes"])),
+            ("time on this machine, about", _stages(values["seconds"])),
+        ],
+        ("", "healing"),
+    )
 
 
 def _stages(seconds: dict[str, float]) -> str:

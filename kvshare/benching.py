@@ -114,7 +114,7 @@ def bench(
     """
     settings = settings_of(Bench, contexts=contexts, batch_sizes=batch_sizes, repeats=repeats, new_tokens=new_tokens, seed=seed)
     folder, target = Path(checkpoint), None if output is None else Path(output)
-    asked = check_benchmark(settings, folder, against, dtype, device, memory, target, overwrite)
+    asked = check_benchmark(settings, folder, open_source(against), dtype, device, memory, target, overwrite)
     source, weights, place, budget = asked.source, asked.dtype, asked.device, asked.memory
     model = load(folder, dtype=weights).to(place)
     native = load_native(source.path, dtype=weights).to(place)
@@ -167,7 +167,7 @@ class Asked:
 def check_benchmark(
     settings: Bench,
     checkpoint: Path,
-    against: str | Path,
+    source: Source,
     dtype: str | None,
     device: str | None,
     memory: str | int | None,
@@ -179,7 +179,6 @@ def check_benchmark(
     budget = None if memory is None else bytes_of(memory, "memory")
     weights = _dtype(dtype) if dtype is not None else DTYPES[stored_dtype(checkpoint)]
     place = _device(device)
-    source = open_source(against)
     if output is not None:
         check_plots()
         _check_folder(output, (checkpoint, source.path), overwrite)

@@ -25,6 +25,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from kvshare import processes
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UnfinishedWorkError, UsageError
 from kvshare.journal import JOURNAL, Journal
 from kvshare.source import INDEX, SINGLE, TensorSpec, data_bytes
@@ -297,7 +298,7 @@ def _clear(work: Path) -> None:
 
 def _sweep(work: Path) -> None:
     """Remove the work folder of a run that was killed while it cleared up: nothing is left but its lock, and none holds that."""
-    if not work.is_dir():
+    if not (work.is_dir() and processes.is_first()):
         return
     with suppress(Timeout), FileLock(work / "lock", blocking=False):
         if {entry.name for entry in work.iterdir()} <= {"lock"}:

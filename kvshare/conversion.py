@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__, processes
+from kvshare import processes
 from kvshare.card import card_files, card_matter
 from kvshare.checkpoint import (
     MANIFEST,
@@ -34,7 +34,7 @@ from kvshare.data import SelfCache, calibration_rows, tokenizer_for
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.exact import ExactLayer, check_layers
 from kvshare.healing import carry_files, heal_into, heal_rows
-from kvshare.journal import JOURNAL, Journal, content_of, flat, open_journal, read_journal
+from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal, versions
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
@@ -45,15 +45,18 @@ from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, calibrates, conversion_recipe, data_used, made_by
+from kvshare.refusals import one_process_because
 from kvshare.sensitivity import Sensitivity, measure_sensitivity
 from kvshare.sizes import bytes_of
 from kvshare.source import open_source, read_json
+from kvshare.spreading import check_left, merge_as_first, merge_as_other
 from kvshare.statistics import open_statistics
 from kvshare.tensors import best_device
 from kvshare.training import HealResult, check_healing
 
 # the stages, as the journal names them
 CONTAMINATION, SENSITIVITY, MERGED, HEALED, MEASURED = "contamination", "sensitivity", "merged", "healed", "measured"
+STAGED = "merged"  # where in the work folder the merged checkpoint is made
 BETTER = (
     "the same command with a higher limit publishes this result; with --restart, more KV heads, init learned or more healing may "
     "give a better one"
@@ -111,6 +114,9 @@ def convert(
 ) -> Conversion:
     """Give a model back with a shared K and V. Every None means "as the recipe says".
 
+    Where `accelerate launch` has started several processes with the same arguments, they share the layers, if these can be merged
+    each by itself (see `one_process_because`). The first then measures and publishes; the others return what is known by then.
+
     Args:
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
         output: a new folder.
@@ -135,9 +141,9 @@ def convert(
     Raises:
         KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind, but where the
             disk became full or training diverged: then what is finished stays, and the same call goes on with it.
+        UsageError: several processes were started for a conversion that takes one.
         QualityError: the result does not pass the quality gate; it stays, and the same call with a higher limit publishes it.
     """
-    processes.require_one("convert")
     settings = conversion_recipe(
         recipe,
         init,
@@ -155,6 +161,7 @@ def convert(
         seed,
         max_perplexity_increase,
     )
+    processes.require_one("this conversion", one_process_because(settings))
     target = Path(output)
     source = open_source(model)
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
@@ -162,9 +169,24 @@ def convert(
     tokenizer = check_conversion(plan, target, overwrite)
     job = _job(plan)
     checked = check_layers(plan, progress) if plan.recipe.init == "exact" else ()
+    earlier = {} if restart else read_journal(work_folder(target) / JOURNAL)
+    if processes.count() > 1 and JOB in earlier:
+        check_same(earlier[JOB], job, work_folder(target))  # in all of them, so that none waits for one that has refused
+    shares = processes.count() > 1 and MERGED not in earlier
+    progress = progress if processes.is_first() else silent
+    rows = calibration_rows(settings, tokenizer, None, progress) if shares and calibrates(settings) else None
+    processes.meet()  # all have looked at output and work before one of them writes
+    if not processes.is_first():
+        work, journal = work_folder(target), Journal(work_folder(target) / JOURNAL, earlier)
+        if shares:
+            journal = merge_as_other(work, work / STAGED, plan, rows, best_device(), job, progress)
+        return Conversion(target, plan, None, layer_reports(plan, journal), None, None)
     with workspace(target, resumable=True) as work:
+        check_left(work)
         journal = open_journal(work, job, restart)
         if not is_published(target, journal.entries):
+            if shares:
+                merge_as_first(work / STAGED, plan, rows, best_device(), journal, progress)
             staged = _make(work, plan, tokenizer, journal, progress)
             result = _conversion(target, plan, checked, journal)
             if result.report is not None:
@@ -195,8 +217,6 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
 
 def _job(plan: Plan) -> dict[str, Any]:
     """What decides the bytes of a conversion's output."""
-    import transformers
-
     statistics = plan.recipe.calibration.statistics
     return flat(
         {
@@ -206,9 +226,7 @@ def _job(plan: Plan) -> dict[str, Any]:
             "text": {part.data: content_of(part.data) for data in sorted(data_used(plan.recipe)) for part in parts_of(data)},
             "statistics": None if statistics is None else sha256(Path(statistics) / MANIFEST),
             "files": list(plan.files),
-            "kvshare": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **versions(),
             "device": best_device().type,
         }
     )
@@ -239,7 +257,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     plan = _chosen(plan, journal)
     if not needs_whole(settings, writes=False):
         teacher = None  # it has written its text: what follows takes a layer at a time
-    staged = work / "merged"
+    staged = work / STAGED
     if MERGED not in journal:
         report = write_merged(staged, plan, rows, held_out, device, journal, progress)
         sync_folder(staged)

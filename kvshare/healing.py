@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__, processes
+from kvshare import processes
 from kvshare.card import card_files, carried_report, front_matter, with_datasets
 from kvshare.checkpoint import (
     MANIFEST,
@@ -41,9 +41,10 @@ from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of
-from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal
+from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal, versions
 from kvshare.layout import tied
 from kvshare.loading import load, load_native, reload
+from kvshare.memory import kept_bytes
 from kvshare.merge import repeat_heads
 from kvshare.mixture import parts_of
 from kvshare.parsing import is_file
@@ -51,6 +52,7 @@ from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
+from kvshare.tensors import best_device
 from kvshare.training import HealResult, check_healing, train
 from kvshare.verification import listed_files, read_block, verify
 
@@ -99,27 +101,14 @@ def heal(
         BadCheckpointError: not a kvshare checkpoint, or one that is damaged.
         TrainingError: a first step that fails when it is tried, or a loss that diverges; what was saved until then stays.
     """
-    processes.require_copies()
-    folder, target = Path(checkpoint), Path(output)
-    settings = load_recipe(
-        recipe,
-        heal__tokens=tokens,
-        heal__data=data,
-        evaluation__data=eval_data,
-        evaluation__tokens=eval_tokens,
-        evaluation__max_perplexity_increase=max_perplexity_increase,
-        seed=seed,
-    )
-    measures = eval_data is not None or settings.evaluation.max_perplexity_increase is not None
-    texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
+    settings, measures = healing_recipe(recipe, data, tokens, eval_data, eval_tokens, max_perplexity_increase, seed)
+    folder, target, teacher_source = Path(checkpoint), Path(output), open_source(source)
+    tokenizer = check_heal(folder, target, teacher_source, settings, measures, resume, overwrite)
     first, work = processes.is_first(), work_folder(target)
-    earlier = read_journal(work / JOURNAL)
+    earlier, job = read_journal(work / JOURNAL), heal_job(folder, teacher_source, settings)
     published = resume and is_published(target, earlier)
-    teacher_source, tokenizer = _checked(folder, target, source, texts, overwrite or published)
     carried = carried_report(folder)
-    check_healing(settings.heal, family_of(teacher_source.model_type))
-    job = _job(folder, teacher_source, settings)
-    _check_earlier(earlier, job, work, resume)
+    check_earlier(earlier, job, work, resume)
     progress = progress if first else silent
     processes.meet()  # all have looked at output and work before one of them writes
     if published:
@@ -147,14 +136,37 @@ def heal(
     return result
 
 
-def _job(checkpoint: Path, source: Source, settings: Recipe) -> dict[str, Any]:
+def healing_recipe(
+    recipe: str | Path | Recipe | None,
+    data: str | None,
+    tokens: int | None,
+    eval_data: str | None,
+    eval_tokens: int | None,
+    max_perplexity_increase: float | None,
+    seed: int | None,
+) -> tuple[Recipe, bool]:
+    """The recipe of a healing from the arguments of `heal`, which see, and whether its result is measured."""
+    settings = load_recipe(
+        recipe,
+        heal__tokens=tokens,
+        heal__data=data,
+        evaluation__data=eval_data,
+        evaluation__tokens=eval_tokens,
+        evaluation__max_perplexity_increase=max_perplexity_increase,
+        seed=seed,
+    )
+    return settings, eval_data is not None or settings.evaluation.max_perplexity_increase is not None
+
+
+def heal_job(checkpoint: Path, source: Source, settings: Recipe) -> dict[str, Any]:
     """What decides the weights of a healed checkpoint."""
     return flat(
         {
             "command": COMMAND,
             "checkpoint": sha256(checkpoint / MANIFEST),
             "source": _identity(source),
-            "kvshare": __version__,
+            **versions(),
+            "device": best_device().type,
             "seed": settings.seed,
             "heal": settings.heal.model_dump(mode="json"),
             "text": {part.data: content_of(part.data) for part in parts_of(settings.heal.data)},
@@ -169,7 +181,7 @@ def _identity(source: Source) -> dict[str, Any]:
     return {"files": {file: content_of(str(source.path / file)) for file in source.file_bytes}}
 
 
-def _check_earlier(earlier: dict[str, Any], job: dict[str, Any], work: Path, resume: bool) -> None:
+def check_earlier(earlier: dict[str, Any], job: dict[str, Any], work: Path, resume: bool) -> None:
     """Refuse to resume what is not there or was another job, and to begin where another command's work lies; nothing is touched.
 
     Raises:
@@ -185,8 +197,22 @@ def _check_earlier(earlier: dict[str, Any], job: dict[str, Any], work: Path, res
         check_same({"command": earlier[JOB].get("command")}, own, work, "remove that folder, or choose another output")
 
 
-def _checked(folder: Path, target: Path, source: str | Path, texts: list[str], overwrite: bool) -> tuple[Source, Any]:
-    """The source and the checkpoint's tokenizer, when everything that can be seen before is right."""
+def check_heal(folder: Path, target: Path, source: Source, settings: Recipe, measures: bool, resume: bool, overwrite: bool) -> Any:
+    """Everything that can be refused before a weight is read, but for earlier work; returns the checkpoint's tokenizer.
+
+    Args:
+        folder: the checkpoint.
+        target: the output.
+        source: of the checkpoint, as far as its headers.
+        settings, measures: see `healing_recipe`.
+        resume, overwrite: as for `heal`.
+
+    Raises:
+        KVShareError: see `heal`.
+    """
+    processes.require_copies()
+    overwrite = overwrite or (resume and is_published(target, read_journal(work_folder(target) / JOURNAL)))
+    texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
     if verify(folder).form == "exact":
         raise UsageError(
             f"{folder} has nothing to heal",
@@ -196,20 +222,26 @@ def _checked(folder: Path, target: Path, source: str | Path, texts: list[str], o
     check_output(target, folder, overwrite)
     for text in texts:
         check_data(text)
-    teacher_source = open_source(source)
-    check_output(target, teacher_source.path, overwrite)
-    check_space(target, 2 * sum((folder / file).stat().st_size for file in weight_files(folder)))
+    check_output(target, source.path, overwrite)
+    check_space(target, healing_disk(folder, settings))
     tokenizer = load_tokenizer(folder)
     for text in texts:
         check_tokenizer(tokenizer, text)
     vocabulary = read_json(folder / "config.json").get("vocab_size")
-    if teacher_source.config.get("vocab_size") != vocabulary:
+    if source.config.get("vocab_size") != vocabulary:
         raise UsageError(
-            f"{teacher_source.name} cannot teach {folder}",
-            f"its vocabulary has {teacher_source.config.get('vocab_size')} tokens, the checkpoint's {vocabulary}",
+            f"{source.name} cannot teach {folder}",
+            f"its vocabulary has {source.config.get('vocab_size')} tokens, the checkpoint's {vocabulary}",
             "give the model that the checkpoint was converted from",
         )
-    return teacher_source, tokenizer
+    check_healing(settings.heal, family_of(source.model_type))
+    return tokenizer
+
+
+def healing_disk(checkpoint: Path, settings: Recipe) -> int:
+    """The most bytes on the disk at one time: the result, saved states, and what is kept of the teacher's probabilities."""
+    weights = sum((checkpoint / file).stat().st_size for file in weight_files(checkpoint))
+    return 2 * weights + kept_bytes(settings.heal, read_json(checkpoint / "config.json"))
 
 
 def _texts(
@@ -310,6 +342,7 @@ def write_healed(
         **{key: value for key, value in block.items() if key != "evaluation"},
         "healed_tokens": block.get("healed_tokens", 0) + result.tokens,
         "heal": recipe.heal.model_dump(mode="json"),
+        "healed_with": versions(),
     }
     write_json(staged / "config.json", config)
     reload(staged, {spec.name: (spec.dtype, spec.shape) for spec in specs.values()}, changed.keys() & specs.keys())

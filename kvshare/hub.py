@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.source import (
+    GENERATION,
     TOKENIZER_FILES,
     Source,
     TensorSpec,
@@ -25,7 +26,7 @@ from kvshare.source import (
 
 
 def describe(model: str | Path) -> Source:
-    """Read config.json and every safetensors header of a model; of a Hub model, these alone.
+    """Read config.json and every safetensors header of a model; of a Hub model, these and its tokenizer alone.
 
     A Hub model's tensors have offsets in the data of their file, not in the file. Without a network, the hub client's cache is
     read, as `open_source` does.
@@ -50,7 +51,9 @@ def describe(model: str | Path) -> Source:
     try:
         info = api.model_info(repository, revision=revision, files_metadata=True)
         names = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=["config.json"]))
+        folder = Path(
+            snapshot_download(repository, revision=info.sha, allow_patterns=["config.json", GENERATION, *TOKENIZER_FILES])
+        )
         found = api.get_safetensors_metadata(repository, revision=info.sha)
     except NotASafetensorsRepoError:
         raise UnsupportedModelError(

@@ -29,7 +29,7 @@ from kvshare.plots import draw, png, svg
 from kvshare.progress import Progress, silent
 from kvshare.recipe import INSPECTED_TOKENS, load_recipe
 from kvshare.sensitivity import per_energy
-from kvshare.source import ITEM_BYTES, open_source
+from kvshare.source import ITEM_BYTES, Source, open_source
 from kvshare.spectra import HeadFigures, head_figures, joint_energies
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import best_device
@@ -59,7 +59,7 @@ def inspect(
     Raises:
         KVShareError: see the modules `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
     """
-    plan = inspection_plan(model, data, tokens, seed)
+    plan = inspection_plan(open_source(model), data, tokens, seed)
     target, source, recipe = Path(output), plan.source, plan.recipe
     tokenizer, settings = check_inspection(plan, target, overwrite), recipe.calibration
 
@@ -89,10 +89,10 @@ def inspect(
     return result
 
 
-def inspection_plan(model: str | Path, data: str | None, tokens: int | None, seed: int | None) -> Plan:
+def inspection_plan(source: Source, data: str | None, tokens: int | None, seed: int | None) -> Plan:
     """The plan of the conversion that an inspection is of, from the arguments of `inspect`, which see."""
     recipe = load_recipe(None, calibration__data=data, calibration__tokens=tokens or INSPECTED_TOKENS, seed=seed)
-    return make_plan(open_source(model), recipe)
+    return make_plan(source, recipe)
 
 
 def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:

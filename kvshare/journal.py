@@ -2,6 +2,8 @@
 
 In: a work folder, the description of a job, results as they come. Out: the results of an earlier run of the same job.
 Never: goes on with the work of another job, believes a line that was not written to its end.
+
+Of several processes, each but the first keeps a journal of its own part; the first takes up what they hold.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvshare import __version__
 from kvshare.errors import BadCheckpointError, UnfinishedWorkError
 from kvshare.parsing import is_file
 
 JOURNAL = "journal.jsonl"
+PART, PARTS = "journal-{}.jsonl", "journal-*.jsonl"  # of the other processes
 JOB = "job"
 RESTART = "pass --restart to begin again"
 MISSING = "nothing"  # what a job without a field has there
@@ -76,11 +80,41 @@ def open_journal(work: Path, job: Mapping[str, Any], restart: bool, otherwise: s
     if JOB in entries:
         check_same(entries[JOB], job, work, otherwise)
         _cut(file)
-        return Journal(file, entries)
+        journal = Journal(file, entries)
+        take_parts(journal)
+        return journal
     file.unlink(missing_ok=True)
+    for part in work.glob(PARTS):
+        part.unlink()
     journal = Journal(file, {})
     journal.record(JOB, dict(job))
     return journal
+
+
+def open_part(work: Path, job: Mapping[str, Any], rank: int) -> Journal:
+    """The journal of another process than the first: what it records goes into a file of its own.
+
+    Args:
+        work: the folder; the first process has opened the journal of the job there and taken the parts of earlier runs.
+        job: as for `open_journal`.
+        rank: of the process, from 1.
+    """
+    entries = read_journal(work / JOURNAL)
+    part = Journal(work / PART.format(rank), {})
+    part.record(JOB, dict(job))
+    part.entries |= entries
+    return part
+
+
+def take_parts(journal: Journal) -> None:
+    """Take up what other processes, now or in an earlier run, have finished of the same job, and remove their journals."""
+    for part in sorted(journal.file.parent.glob(PARTS)):
+        entries = read_journal(part)
+        if entries.get(JOB) == journal.entries[JOB]:
+            for name, value in entries.items():
+                if name not in journal:
+                    journal.record(name, value)
+        part.unlink()
 
 
 def read_journal(file: Path) -> dict[str, Any]:
@@ -122,6 +156,14 @@ def check_same(earlier: Mapping[str, Any], job: Mapping[str, Any], work: Path, o
                 f"it was {before!r} and is now {now!r}",
                 f"repeat the earlier settings to go on with it, or {otherwise}",
             )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes, which may decide bytes."""
+    import torch
+    import transformers
+
+    return {"kvshare": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -132,6 +132,7 @@ def merge_layers(
     device: torch.device,
     progress: Progress,
     finished: Callable[[int], MergedBefore | None] = lambda _: None,
+    own: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[MergedLayer]:
     """Merge all layers in order, each behind the converted layers before it, each read from the disk when its turn comes.
 
@@ -142,6 +143,8 @@ def merge_layers(
         device: where one layer at a time is computed, in float32.
         progress: called on the way.
         finished: what an earlier run has made of a layer; None where it is still to be merged.
+        own: whether a layer is to be merged at all, or passed as the source has it; all are, where the recipe's merge is
+            sequential.
 
     Yields:
         each layer, with its new weights rounded as they will be stored, which is how later layers see them.
@@ -158,7 +161,7 @@ def merge_layers(
         merged, weights, report = layer, None, None
         if not sequential:
             hidden.copy_(source_hidden)
-        if kv_heads is not None and before is None:
+        if kv_heads is not None and before is None and own(index):
             attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if sequential else None)
             view = _View(layer, family, call, hidden, wanted, device)
             weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)

@@ -41,9 +41,30 @@ def load(
         BadCheckpointError: not a kvshare checkpoint, missing tensors, or k_proj and v_proj that do not fit its form.
         UnsupportedModelError: another family.
     """
+    folder = Path(checkpoint)
+    loader = _shared_class(folder)
+    return _strict(loader, folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation)
+
+
+def outline(checkpoint: Path) -> Any:
+    """The model that `load` gives, with names and shapes and no weights: everything lies on the meta device.
+
+    Raises:
+        BadCheckpointError, UnsupportedModelError: as for `load`.
+    """
+    from transformers.initialization import no_init_weights
+
+    loader, config = _shared_class(checkpoint), read_config(checkpoint)
+    with no_init_weights(), torch.device("meta"):
+        model = loader(config)
+        model.tie_weights()
+    return model
+
+
+def _shared_class(folder: Path) -> Any:
+    """The class of a checkpoint in its shared form, when its files are found right."""
     from kvshare.runtime.modeling_kvshare import shared_class
 
-    folder = Path(checkpoint)
     verify_form(folder)
     native = native_class(folder, read_tensor_specs(folder, weight_files(folder)))
     named = read_json(folder / "config.json").get("architectures")
@@ -53,7 +74,7 @@ def load(
             f"a model of its model_type is a {native.__name__}",
             "convert the model again",
         )
-    return _strict(shared_class(native), folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation)
+    return shared_class(native)
 
 
 def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None) -> Any:

@@ -1,17 +1,20 @@
-"""How much memory a conversion takes, and whether it needs the source as a whole.
+"""How much memory a conversion takes, whether it needs the source as a whole, and what healing keeps on the disk.
 
 In: a recipe, the headers of a source. Out: bytes. Never: reads weights, measures anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvshare.mixture import uses_self
 from kvshare.recipe import Recipe, calibrates, data_used
+from kvshare.sections import Heal
 from kvshare.source import ITEM_BYTES, TensorSpec
 
 LIBRARIES = 1_200_000_000  # torch and transformers, tokens, the parts of attention that moments are taken of
+LOGITS = 1 << 30  # of one forward, see `rows_per_forward`
 IN_MEMORY = 1 << 30  # bytes of hidden states beyond which they lie in a file
 BATCH_TOKENS = 8_192  # tokens that pass through a layer at a time
 
@@ -60,3 +63,25 @@ def peak_memory(recipe: Recipe, tensors: Sequence[TensorSpec], first_layer: str,
     batch = 4 * 4 * BATCH_TOKENS * max((max(tensor.shape, default=0) for tensor in own), default=0)
     measured = 2 * 4 * hidden * recipe.evaluation.tokens if recipe.evaluation.mode == "layers" else 0
     return 3 * layer + int(2 * largest * width) + streams + measured + batch + LIBRARIES
+
+
+def kept_bytes(heal: Heal, config: Mapping[str, Any]) -> int:
+    """What `heal.teacher_top_k` keeps of the teacher's probabilities on the disk: per token so many token ids and log
+    probabilities, of 4 bytes each, and one log probability for all other tokens. `config` is the source's.
+    """
+    if heal.teacher_top_k is None:
+        return 0
+    rows, vocabulary = max(1, heal.tokens // heal.sequence_length), config.get("vocab_size")
+    kept = min(heal.teacher_top_k, vocabulary) if isinstance(vocabulary, int) else heal.teacher_top_k
+    return rows * heal.sequence_length * 4 * (2 * kept + 1)
+
+
+def healing_memory(weights: int, trained: int) -> int:
+    """An estimate of the peak memory of a process that heals, in bytes: source and student in float32, of what is trained value,
+    gradient and the optimizer's two means, and the logits of a forward.
+
+    Args:
+        weights: numbers that one of the models has.
+        trained: of these and its adapters, how many are trained.
+    """
+    return 4 * (2 * weights + 4 * trained) + LOGITS + LIBRARIES

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare import __version__
+from kvshare import processes
 from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
-from kvshare.journal import Journal
+from kvshare.journal import Journal, versions
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
 from kvshare.layout import names, pack, unpack
 from kvshare.merge import AttentionWeights
@@ -64,8 +64,13 @@ def write_merged(
     Raises:
         BadCheckpointError: NaN or infinity in what is read or made, or a file that ends too early.
     """
-    folder.mkdir(exist_ok=True)
-    writer = WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+    writer = lay_out(folder, plan)
+    layers = [LAYER.format(layer) for layer, heads in enumerate(plan.layer_heads or ()) if heads is not None]
+    summed: set[str] = set()
+    if all(layer in journal for layer in layers):
+        rows = None  # all is merged: no text has to pass for that
+        if all(COPIED.format(file) in journal for file in plan.source.file_bytes):
+            summed = {file for file in plan.files if SUM.format(file) in journal}
     # copying, syncing and checksums wait for the disk, merging computes: they do not wait for each other
     with _background() as copier, _background() as keeper, _background() as summer:
         copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
@@ -73,7 +78,7 @@ def write_merged(
         sums: dict[str, Future[None]] = {}
 
         def sum_up() -> None:
-            for file in sorted(writer.complete() - sums.keys()):
+            for file in sorted(writer.complete() - sums.keys() - summed):
                 sums[file] = summer.submit(_sum, folder, file, journal)
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
@@ -100,6 +105,50 @@ def write_merged(
     return report
 
 
+def lay_out(folder: Path, plan: Plan) -> WeightWriter:
+    """The weight files of the output, empty where nothing is written yet; what lies in them stays."""
+    folder.mkdir(exist_ok=True)
+    return WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+
+
+def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.device, journal: Journal, progress: Progress) -> None:
+    """Copy and merge what falls to this process of several: files and layers are dealt out in turn. See `write_merged`, which then
+    finds them done; each layer is merged by itself (see `one_process_because`).
+
+    Args:
+        folder: laid out by `lay_out`.
+        plan, rows, device, progress: as for `write_merged`.
+        journal: of this process.
+
+    Raises:
+        BadCheckpointError: see `write_merged`.
+    """
+    writer = lay_out(folder, plan)
+    with _background() as copier, _background() as keeper:
+        work = [
+            copier.submit(_copy_tensors, file, writer, plan, journal)
+            for place, file in enumerate(sorted(plan.source.file_bytes))
+            if processes.is_own(place)
+        ]
+
+        def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
+            work.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
+            for begun in work:
+                if begun.done():
+                    begun.result()
+
+        _merge(folder, writer, plan, rows, None, device, journal, finished, progress, processes.is_own)
+        for begun in work:
+            begun.result()
+
+
+def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
+    """Take the checksums of the weight files, all complete, that fall to this process of several."""
+    for place, file in enumerate(plan.files):
+        if processes.is_own(place) and SUM.format(file) not in journal:
+            _sum(folder, file, journal)
+
+
 @contextmanager
 def _background() -> Iterator[ThreadPoolExecutor]:
     """A thread for work beside the merge; what has not begun when the merge fails is not begun any more."""
@@ -120,12 +169,14 @@ def _merge(
     journal: Journal,
     finished: Callable[[int, Sequence[str], LayerReport | None], None],
     progress: Progress,
+    own: Callable[[int], bool] | None = None,
 ) -> Report | None:
     """Merge and write the layers, and evaluate, if it is by layers; for the arguments see `write_merged`.
 
-    `finished` is told of every layer that this run wrote: its number, its tensors, its report.
+    `finished` is told of every layer that this run wrote: its number, its tensors, its report. Where `own` is given, the layers
+    that it says are merged, and nothing is evaluated.
     """
-    by_layers = plan.recipe.evaluation.mode == "layers"
+    by_layers = plan.recipe.evaluation.mode == "layers" and own is None
     skeleton = open_skeleton(plan.source, plan.family, folder.parent) if rows is not None or by_layers else None
     streams = None
     if by_layers:
@@ -133,7 +184,7 @@ def _merge(
         assert held_out is not None
         streams = open_streams(skeleton, held_out, device)
     planned = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
-    for layer, merged in enumerate(_merged_layers(folder, plan, skeleton, rows, device, journal, progress)):
+    for layer, merged in enumerate(_merged_layers(folder, plan, skeleton, rows, device, journal, progress, own)):
         if streams is not None:
             assert merged.source is not None
             assert merged.module is not None
@@ -199,6 +250,7 @@ def _merged_layers(
     device: torch.device,
     journal: Journal,
     progress: Progress,
+    own: Callable[[int], bool] | None,
 ) -> Iterator[MergedLayer]:
     if plan.recipe.init == "exact":
         return
@@ -220,14 +272,17 @@ def _merged_layers(
             weights = earlier(layer)
             return None if weights is None else MergedBefore(weights, journal.result(LAYER.format(layer), LayerReport))
 
-        yield from merge_layers(skeleton, plan, rows, device, progress, finished)
+        yield from merge_layers(skeleton, plan, rows, device, progress, finished, own or (lambda _: True))
         return
     taken = plan.recipe.calibration.statistics
     statistics = None if taken is None else open_statistics(taken, plan)
     for index in range(plan.layers):
         progress("merging layers", index, plan.layers)
+        if own is not None and not own(index):
+            yield MergedLayer(None, None, None, None)
+            continue
         weights, report = earlier(index), None
-        if weights is None:
+        if weights is None and plan.layer_heads[index] is not None:
             source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
             if taken is None or statistics is None:
                 weights = merge_mean(source, plan.kv_heads)
@@ -247,7 +302,8 @@ def _merged_layers(
             yield MergedLayer(None, None, weights, report)
             continue
         layer = read_layer(skeleton, index, device)
-        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, report)
+        merged = layer if weights is None else with_weights(layer, plan.family, weights)
+        yield MergedLayer(layer, merged, weights, report)
     progress("merging layers", plan.layers, plan.layers)
 
 
@@ -269,14 +325,13 @@ def _auto_map(plan: Plan) -> dict[str, str]:
 
 def _block(plan: Plan) -> dict[str, Any]:
     """The kvshare block of config.json: what was done to which model, enough to do it again."""
-    import transformers
-
+    made_with = versions()
     return {
         "format_version": FORMAT_VERSION,
         "form": "exact" if plan.recipe.init == "exact" else "shared",
-        "version": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "version": made_with["kvshare"],
+        "torch": made_with["torch"],
+        "transformers": made_with["transformers"],
         **_shared_layers(plan),
         "source": {**plan.source.fingerprint, "num_key_value_heads": plan.source_kv_heads},
         "recipe": made_by(plan.recipe),

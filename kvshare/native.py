@@ -16,10 +16,8 @@ from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.parsing import is_file, shown
-from kvshare.source import FLOATS, Source, TensorSpec, read_json
+from kvshare.source import FLOATS, GENERATION, Source, TensorSpec, read_json
 from kvshare.tensors import DTYPES
-
-GENERATION = "generation_config.json"
 
 
 def read_config(folder: Path) -> Any:

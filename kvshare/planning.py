@@ -16,9 +16,9 @@ from kvshare.errors import UsageError
 from kvshare.families import PARTS, Family
 from kvshare.geometry import geometry_of, require_attention, require_tensor
 from kvshare.hub import describe
-from kvshare.memory import peak_memory
+from kvshare.memory import kept_bytes, peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
-from kvshare.refusals import convertible_family, require_exact
+from kvshare.refusals import convertible_family, one_process_because, require_exact
 from kvshare.sizes import bytes_of, shard_files
 from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
 
@@ -86,8 +86,12 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The most that lies on the disk at one time: the merged and, when healing, the healed weights beside them."""
-        return self.bytes_written * (2 if self.recipe.heal.enabled else 1)
+        """The most that lies on the disk at one time: the merged weights and, when healing, the healed ones beside them and what
+        is kept of the source's probabilities.
+        """
+        if not self.recipe.heal.enabled:
+            return self.bytes_written
+        return 2 * self.bytes_written + kept_bytes(self.recipe.heal, self.config)
 
     @property
     def memory_bytes(self) -> int:
@@ -126,6 +130,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data, as `kvshare plan --json` prints it."""
         merged = [tensor for tensor in self.tensors if tensor.action == "merge"]
+        alone = one_process_because(self.recipe)
         return {
             "model": self.source.name,
             "commit": self.source.commit,
@@ -151,6 +156,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "heals": self.recipe.heal.enabled,
             "heal_tokens": self.recipe.heal.tokens if self.recipe.heal.enabled else 0,
+            "one_process_because": None if alone is None else "; ".join(alone),
             "reasons": list(self.reasons),
             "recipe": self.recipe.model_dump(mode="json"),
             "tensors": [

@@ -7,8 +7,11 @@ Never: starts a process; imports accelerate where there is one alone.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 from kvshare.errors import UsageError
+
+PATIENCE = timedelta(days=7)  # how long one waits for the others; that one of them has died, the launcher sees at once
 
 
 def count() -> int:
@@ -16,31 +19,49 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Which of those on this machine this is, from 0: the number of its device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_first() -> bool:
-    """Whether this is the process that writes; alone, it always is."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this is the process that publishes; alone, it always is."""
+    return rank() == 0
+
+
+def is_own(place: int) -> bool:
+    """Whether this process does the work at a place of a list that is dealt out in turn."""
+    return place % count() == rank()
 
 
 def meet() -> None:
     """Wait until all processes are here."""
     if count() > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
+        state = PartialState(timeout=PATIENCE)  # joins them and takes this one's device
+        # its own waiting does not wait where there are several processes and no GPU
+        torch.distributed.barrier(device_ids=[local_rank()] if state.device.type == "cuda" else None)
 
 
-def require_one(verb: str) -> None:
+def require_one(what: str, why: tuple[str, str] | None) -> None:
     """Refuse work that one process does alone.
 
+    Args:
+        what: was started.
+        why: it is for one process, and what to do; None where it is for any number.
+
     Raises:
-        UsageError: there are several.
+        UsageError: there are several, and there is a reason.
     """
-    if count() > 1:
-        raise UsageError(
-            f"{verb} was started in {count()} processes",
-            "they would all do the same and write the same output; healing alone is shared among processes",
-            f"run {verb} by itself with --no-heal, and start `kvshare heal` with accelerate launch",
-        )
+    if count() > 1 and why is not None:
+        raise UsageError(f"{what} was started in {count()} processes, and takes one", *why)
 
 
 def require_copies() -> None:

@@ -1,13 +1,15 @@
-"""Models that are refused from their config and headers alone.
+"""Models that are refused from their config and headers alone, and conversions that one process does by itself.
 
-In: a `Source`. Out: its family, or the error that says why it cannot be converted. Never: reads weights.
+In: a `Source`; a recipe. Out: its family, or the error that says why it cannot be converted. Never: reads weights.
 """
 
 from __future__ import annotations
 
 from kvshare.errors import UnsupportedModelError, UsageError
 from kvshare.families import Family, family_of
+from kvshare.mixture import uses_self
 from kvshare.parsing import shown
+from kvshare.recipe import Recipe, calibrates
 from kvshare.source import Source
 
 
@@ -76,3 +78,28 @@ def require_exact(source: Source, family: Family, heads: int, source_heads: int,
             "it keeps every head as it is; merging heads loses something",
             "leave kv_heads out, or use init svd",
         )
+
+
+def one_process_because(recipe: Recipe) -> tuple[str, str] | None:
+    """Why the layers of a conversion cannot be shared out among processes to the same bytes, and what to do; None where they
+    can.
+    """
+    if recipe.init == "exact":
+        return "init exact merges no layer, so there is nothing to share out", "start it in one process"
+    if recipe.heal.enabled:
+        return (
+            "healing follows in the same run, and is shared out by rows of text, not by layers",
+            "convert with --no-heal, and heal with `kvshare heal`, which runs in several processes",
+        )
+    if recipe.cache_budget is not None:
+        return "a cache budget rests on forwards through the whole model", "start it in one process, or give kv_heads"
+    if not calibrates(recipe):
+        return None
+    if recipe.merge.sequential:
+        return (
+            "each layer is merged on what the converted layers before it give, so it waits for them",
+            "take statistics once with `kvshare calibrate` and give --statistics, or set merge.sequential: false in a recipe",
+        )
+    if uses_self(recipe.calibration.data):
+        return "every process would write the text of calibration for itself", "give text with --calibration"
+    return None

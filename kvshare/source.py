@@ -43,6 +43,7 @@ ITEM_BYTES = {
     "F8_E8M0": 1,
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

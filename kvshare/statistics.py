@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvshare import __version__
+from kvshare import __version__, processes
 from kvshare.activations import first_inputs
 from kvshare.checkpoint import check_output, check_space, fresh_folder, publish, workspace, write_json
 from kvshare.data import calibration_rows, tokenizer_for
@@ -88,6 +88,7 @@ def calibrate(
     Raises:
         KVShareError: see the modules `recipe`, `source`, `planning`, `data` and `checkpoint`; nothing is left behind.
     """
+    processes.require_one("calibrate", ("each layer is looked at behind those before it", "start it in one process"))
     settings = calibration_recipe(recipe, kv_heads, data, tokens, seed)
     target, source = Path(output), open_source(model)
     plan = make_plan(source, settings)

@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from kvshare import processes
 from kvshare.errors import BadCheckpointError, UnsupportedModelError
 from kvshare.source import TensorSpec
 
@@ -26,8 +27,10 @@ EXPONENTS = {
 
 
 def best_device() -> torch.device:
-    """Where to compute if nothing else is said: the GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where to compute if nothing else is said: the GPU, if there is one, and each of several processes its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda") if processes.count() == 1 else torch.device("cuda", processes.local_rank())
 
 
 def is_finite(value: Tensor) -> bool:

@@ -123,6 +123,13 @@ def train(
     return changed, HealResult(rows.numel(), steps, logged_losses(log), last_terms(log, list(term_weights(settings))))
 
 
+def count_trained(student: Any, settings: Heal) -> tuple[int, int]:
+    """How many numbers healing trains, and how many the model has; `student` gets the adapters, and may be without weights."""
+    whole = sum(value.numel() for value in student.parameters())
+    adapted = _with_adapters(student, settings, family_of(student.config.model_type))
+    return sum(value.numel() for value in adapted.parameters() if value.requires_grad), whole
+
+
 def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
     """The student with LoRA on its targets, and copies to train of what is trained in full."""
     from peft import LoraConfig, get_peft_model

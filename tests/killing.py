@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -178,14 +179,116 @@ def kill_everywhere(job: Callable[[Path], Job], root: Path, points: int | None) 
     return len(chosen), wrong
 
 
+def run_together(job: Job, root: Path, kill: tuple[int, int] | None = None) -> tuple[list[int], list[int]]:
+    """Run a job in two forks that take themselves for the processes of one launch, as a launcher does: where one fails, it ends
+    the other. Returns exit statuses and how many changes each made below `root`.
+
+    Args:
+        job: what both do.
+        root: as for `_watch`.
+        kill: which of them is killed, and at which change.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children, readers = [], []
+    for rank in (0, 1):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            seen, status = 0, 70
+
+            def count() -> int:
+                nonlocal seen
+                seen += 1
+                return seen
+
+            try:
+                os.close(reader)
+                os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                _watch(root, kill[1] if kill is not None and kill[0] == rank else 0, count)
+                job(False)
+                status = 0
+            except BaseException as error:  # as in `run_forked`
+                sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            finally:
+                os.write(writer, str(seen).encode())
+                os._exit(status)
+        os.close(writer)
+        children.append(child)
+        readers.append(reader)
+    statuses = {}
+    while len(statuses) < len(children):
+        child, code = os.waitpid(-1, 0)
+        statuses[child] = os.waitstatus_to_exitcode(code)
+        if statuses[child]:
+            for other in children:
+                if other not in statuses:
+                    os.kill(other, signal.SIGKILL)
+    counts = []
+    for reader in readers:
+        with os.fdopen(reader) as stream:
+            counts.append(int(stream.read() or 0))
+    return [statuses[child] for child in children], counts
+
+
+def kill_together(job: Callable[[Path], Job], root: Path, points: int) -> tuple[int, dict[str, str]]:
+    """As `kill_everywhere`, in two processes, of which each is killed in turn at so many of its changes."""
+    base = root / "undisturbed"
+    base.mkdir()
+    job(base / "alone")(False)  # imports everything that it needs, and says what is wanted
+    wanted, wrong, kills = contents(base / "alone"), {}, []
+
+    def wait(_: bool) -> None:
+        from kvshare import processes
+
+        if processes.is_first():
+            time.sleep(1)
+            (base / "here").touch()
+        processes.meet()
+        if not (base / "here").exists():
+            raise RuntimeError("the other one was not waited for")
+
+    statuses, _ = run_together(wait, base)
+    if statuses != [0, 0]:
+        return 0, {"waiting": f"{statuses}"}
+    statuses, counts = run_together(job(base / "out"), base)
+    if statuses != [0, 0] or contents(base / "out") != wanted:
+        return 0, {"undisturbed": f"{statuses}"}
+    for rank, count in enumerate(counts):
+        kills += [(rank, 1 + round((place + 0.5) * (count - 1) / points)) for place in range(points)]
+    for kill in kills:
+        folder = root / f"killed-{kill[0]}-{kill[1]}"
+        folder.mkdir()
+        statuses, _ = run_together(job(folder / "out"), folder, kill)
+        if statuses[kill[0]] != -signal.SIGKILL:
+            wrong[str(kill)] = f"it was not killed: {statuses}"
+        elif not (folder / "out").exists():
+            statuses, _ = run_together(job(folder / "out"), folder)
+            if statuses != [0, 0] or contents(folder / "out") != wanted:
+                wrong[str(kill)] = f"the second run differs: {statuses}"
+            elif stray := sorted(entry.name for entry in folder.iterdir() if entry.name != "out"):
+                wrong[str(kill)] = f"stray files: {stray}"
+        elif contents(folder / "out") != wanted:
+            wrong[str(kill)] = "a half-written output appeared"
+    return len(kills), wrong
+
+
 def main() -> None:
-    """`killing.py SOURCES ROOT POINTS JOB...`: kill each job at so many points (0: all), and print what went wrong as JSON."""
+    """`killing.py SOURCES ROOT POINTS JOB...`: kill each job at so many points (0: all), and print what went wrong as JSON.
+
+    The job `together` is `mean` in two processes, each of which is killed at so many points.
+    """
     sources, root, points = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     known, result = jobs(sources), {}
     for name in sys.argv[4:]:
         folder = root / name
         folder.mkdir(parents=True)
-        count, wrong = kill_everywhere(known[name], folder, points or None)
+        if name == "together":
+            count, wrong = kill_together(known["mean"], folder, points)
+        else:
+            count, wrong = kill_everywhere(known[name], folder, points or None)
         result[name] = {"killed": count, "wrong": wrong}
     print(json.dumps(result))
 

@@ -40,6 +40,7 @@ LAYERS = [
     ["preflight"],
     ["training"],
     ["healing", "merged"],
+    ["spreading", "heal_plan"],
     ["conversion"],
     ["cli"],
 ]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import TINY_FOLDER, Outcome, edit_json
+from killing import contents
 from kvshare.cli import app
 from kvshare.cli.render import shown_progress
 from transformers import AutoModelForCausalLM
@@ -117,7 +118,7 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
     assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
     assert values.keys() == {
         *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
-        *("layer_heads", "cache_budget"),
+        *("layer_heads", "cache_budget", "one_process_because"),
         *("source_cache_bytes_per_token", "cache_bytes_per_token", "cache_reduction", "tensors_copied", "tensors_merged"),
         *("bytes_read", "bytes_written", "disk_bytes", "memory_bytes", "heals", "heal_tokens", "tensors"),
         *("decode_multiply_adds_per_cached_token", "decode_overhead", "map_bytes"),
@@ -509,26 +510,47 @@ def test_progress_on_a_terminal_uses_no_colour_where_none_is_wanted(monkeypatch:
     assert not re.search(r"\x1b\[[0-9;]*[34][0-9](?:;[0-9;]*)?m", shown["without"])
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("inspect", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would show 6 layers on 8,192 tokens"),
-        (("bench", "CHECKPOINT", "--against", "kvshare/tiny", "-o", "OUT"), "5 pairs each of 1 x 128, 1 x 512, 4 x 128, 4 x 512"),
-        (("recipes", "copy", "half", "OUT"), "would be the recipe half"),
-        (("calibrate", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would hold 6 layers for 8 KV heads"),
-        (("convert", "kvshare/tiny", "-o", "OUT", "--calibration", "TEXT"), "nothing was written; without --dry-run"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
+# a call of every command that writes, and what its dry run says
+DRY_RUNS = [
+    (("inspect", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would show 6 layers on 8,192 tokens"),
+    (("bench", "CHECKPOINT", "--against", "kvshare/tiny", "-o", "OUT"), "5 pairs each of 1 x 128, 1 x 512, 4 x 128, 4 x 512"),
+    (("recipes", "copy", "half", "OUT"), "would be the recipe half"),
+    (("calibrate", "kvshare/tiny", "-o", "OUT", "--data", "TEXT"), "would hold 6 layers for 8 KV heads"),
+    (("convert", "kvshare/tiny", "-o", "OUT", "--calibration", "TEXT"), "nothing was written; without --dry-run"),
+    (("heal", "CHECKPOINT", "-o", "OUT", "--source", "kvshare/tiny", "--data", "TEXT"), "nothing was written; without --dry-run"),
+    (("push", "CHECKPOINT", "org/model"), "nothing was uploaded"),
+]
+
+
+def test_every_command_that_writes_has_a_dry_run() -> None:
+    writes = {
+        words: {parameter.name for parameter in command.params}
+        for words, command in every_command(typer.main.get_command(app))
+        if {"output", "overwrite", "file", "repo"} & {parameter.name for parameter in command.params}
+    }
+    assert all("dry_run" in names for names in writes.values()), writes
+    assert {" ".join(words) for words in writes} == {" ".join(words[: 2 if words[0] == "recipes" else 1]) for words, _ in DRY_RUNS}
+
+
+@pytest.mark.parametrize(("words", "said"), DRY_RUNS, ids=lambda value: value[0] if isinstance(value, tuple) else "")
 def test_a_dry_run_checks_and_writes_nothing(
-    words: tuple[str, ...], said: str, run: Callable[..., Outcome], checkpoint: Path, tmp_path: Path, text_file: str
+    words: tuple[str, ...],
+    said: str,
+    run: Callable[..., Outcome],
+    checkpoint: Path,
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places = {"OUT": str(tmp_path / "out"), "TEXT": text_file, "CHECKPOINT": str(checkpoint)}
-    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    before, folders = contents(tmp_path), sorted(tmp_path.rglob("*"))
     result = run(*(places.get(word, word) for word in words), "--dry-run")
     assert (result.code, result.err) == (0, "")
     assert said in result.out
-    assert sorted(tmp_path.rglob("*")) == before
+    assert (contents(tmp_path), sorted(tmp_path.rglob("*"))) == (before, folders)
+    if "OUT" not in words:
+        return
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     assert run(*(places.get(word, word) for word in words), "--dry-run").code == 2  # what would be refused is refused

@@ -43,7 +43,7 @@ from kvshare.checkpoint import MANIFEST, write_json
 from kvshare.data import SEPARATOR, check_data, load_tokenizer, token_rows
 from kvshare.errors import KVShareError
 from kvshare.families import family_of
-from kvshare.healing import COMMAND, _check_earlier
+from kvshare.healing import COMMAND, check_earlier
 from kvshare.hub import describe
 from kvshare.journal import JOURNAL, open_journal, read_journal
 from kvshare.layerwise import LayerReport
@@ -555,7 +555,7 @@ JOB = {"command": COMMAND, "checkpoint": "0" * 64, "kvshare": "0.1.0", "seed": 0
 def test_jobs(folder: Path, data: st.DataObject, resume: bool) -> None:
     """Healing that broke off: the job that it says it was."""
     (folder / JOURNAL).write_bytes(data.draw(texts({"name": "job", "value": JOB})) + b"\n")
-    outcome(lambda: _check_earlier(read_journal(folder / JOURNAL), JOB, folder, resume))
+    outcome(lambda: check_earlier(read_journal(folder / JOURNAL), JOB, folder, resume))
 
 
 RESULTS: dict[str, tuple[Any, Any]] = {

@@ -25,10 +25,12 @@ from kvshare.checkpoint import work_folder
 from kvshare.distillation import diverged, newest_state
 from kvshare.errors import QualityError, TrainingError, UsageError
 from kvshare.families import PARTS, family_of
+from kvshare.journal import versions
 from kvshare.losses import distillation_loss
 from kvshare.preflight import preflight
 from kvshare.recipe import Recipe
 from kvshare.sections import Heal
+from kvshare.source import read_json
 from kvshare.training import batch_rows
 
 
@@ -257,7 +259,11 @@ def test_a_limit_that_is_kept_lets_pass(
 
 
 def test_another_job_is_never_resumed(
-    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text, source, output = tmp_path / "text.txt", tmp_path / "source", tmp_path / "out"
     shutil.copyfile(text_file, text)
@@ -281,6 +287,10 @@ def test_another_job_is_never_resumed(
     resumed(("heal.tokens differs", "was 2048 and is now 4096"), tokens=4_096)
     resumed(("heal.data differs", text_file), data=text_file)
     resumed(("seed differs", "was 0 and is now 5"), seed=5)
+    for library in ("kvshare", "torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr("kvshare.healing.versions", lambda library=library: versions() | {library: "9.9"})
+            resumed((f"{library} differs", "is now '9.9'"))
     text.write_text("Another text. " * 2_000)
     resumed((f"text.{text} differs",))
     shutil.copyfile(text_file, text)
@@ -292,6 +302,7 @@ def test_another_job_is_never_resumed(
     content[-1] ^= 1
     weights.write_bytes(content)
     assert kvshare.heal(folder, output, source, str(text), recipe=recipe, resume=True).steps == 8
+    assert read_json(output / "config.json")["kvshare"]["healed_with"] == versions()
 
 
 def _with(recipe: Path, **heal: object) -> Recipe:

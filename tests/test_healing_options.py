@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from transformers import TrainerCallback
 import kvshare
 from kvshare.checkpoint import work_folder
 from kvshare.distillation import hold_once
-from kvshare.errors import UsageError
+from kvshare.errors import NoSpaceError, UsageError
 from kvshare.families import family_of
-from kvshare.loading import load, load_native
+from kvshare.heal_plan import plan_heal
+from kvshare.loading import load, load_native, outline
 from kvshare.losses import distillation_loss, loss_terms, partial_divergence
 from kvshare.recipe import load_recipe
 from kvshare.targets import make_targets
+from kvshare.training import _with_adapters, count_trained
 
 
 @pytest.mark.parametrize(
@@ -190,11 +193,13 @@ def test_a_teacher_that_is_asked_once_teaches_the_same(
 ) -> None:
     folder, sources = converted_folder("llama-gqa", 2), (source_folder("llama-gqa"), text_file)
     live = kvshare.heal(folder, tmp_path / "live", *sources, recipe=small(tmp_path))
-    asked = 0
+    asked = most = 0
+    work = work_folder(tmp_path / "kept")
 
     def stop(stage: str, done: int, total: int) -> None:
-        nonlocal asked
+        nonlocal asked, most
         asked += stage == "asking the source"
+        most = max(most, sum(file.stat().st_size for file in work.rglob("*") if file.is_file()))
         if stage == "healing" and done == 5:
             raise KeyboardInterrupt
 
@@ -202,6 +207,10 @@ def test_a_teacher_that_is_asked_once_teaches_the_same(
     with pytest.raises(KeyboardInterrupt):
         kvshare.heal(folder, tmp_path / "kept", *sources, recipe=recipe, progress=stop)
     assert asked
+    planned = plan_heal(folder, tmp_path / "plan", *sources, recipe=recipe)
+    weights = (folder / "model.safetensors").stat().st_size
+    assert most > 2_048 * 4 * (2 * 4_096 + 1)  # what is kept of the teacher
+    assert most + weights < planned.disk_bytes == 2 * weights + 2_048 * 4 * (2 * 4_096 + 1)
     monkeypatch.setattr("kvshare.targets._write", None)  # the files are there
     kept = kvshare.heal(folder, tmp_path / "kept", *sources, recipe=recipe, resume=True)
     assert [loss for _, loss in kept.losses] == pytest.approx([loss for _, loss in live.losses], rel=1e-4)
@@ -239,3 +248,45 @@ def test_a_term_that_does_not_count_is_not_computed(source_folder: Callable[[str
     student = load_native(source_folder("llama-gqa"), dtype=torch.float32)
     settings = load_recipe("half", heal__kl=0.0, heal__cross_entropy=1.0).heal
     assert list(loss_terms(student, None, {"input_ids": torch.arange(8)[None]}, settings, [])) == ["cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("key", "chosen"), [("qwen3", {"shared": "lora", "norms": True}), ("gpt2", {"attention": "full"}), ("llama-gqa", {})], ids=str
+)
+def test_what_will_be_trained_is_counted_without_weights(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, key: str, chosen: dict[str, Any]
+) -> None:
+    folder, recipe = converted_folder(key), load_recipe(small(tmp_path, **chosen))
+    student = load(folder)
+    whole = sum(value.numel() for value in student.parameters())
+    adapted = _with_adapters(student, recipe.heal, family_of(student.config.model_type))
+    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    assert count_trained(outline(folder), recipe.heal) == (trained, whole)
+    planned = plan_heal(folder, tmp_path / "out", source_folder(key), recipe=recipe, eval_data="self", eval_tokens=512)
+    assert (planned.trained, planned.parameters) == (trained, whole)
+    assert (planned.data, planned.tokens, planned.steps, planned.rows_per_step) == ("self", 2_048, 8, 4)
+    assert (planned.held_out, planned.held_out_tokens, planned.teacher_top_k) == ("self", 512, None)
+    assert planned.seconds.keys() == {"starting", "copying", "writing text", "healing", "measuring"}
+    assert planned.memory_bytes > 4 * (2 * whole + 4 * trained)
+
+
+def test_the_disk_has_to_hold_what_is_kept_of_the_teacher(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, source = converted_folder("llama-gqa"), source_folder("llama-gqa")
+    recipe = load_recipe(small(tmp_path))
+    kept = load_recipe(recipe, heal__teacher_top_k=64)
+    weights = (folder / "model.safetensors").stat().st_size
+    free = SimpleNamespace(free=2 * weights + 2_048 * 4 * 2 * 64)  # a log probability of all other tokens too little
+    monkeypatch.setattr("kvshare.checkpoint.shutil.disk_usage", lambda _: free)
+    for act in (kvshare.heal, plan_heal):
+        with pytest.raises(NoSpaceError):
+            act(folder, tmp_path / "out", source, text_file, recipe=kept)
+    assert plan_heal(folder, tmp_path / "out", source, text_file, recipe=recipe).teacher_top_k is None
+    assert kvshare.plan(source, recipe=load_recipe("half", heal__teacher_top_k=64)).disk_bytes - kvshare.plan(
+        source, recipe="half"
+    ).disk_bytes == 655_360 * 4 * (2 * 64 + 1)

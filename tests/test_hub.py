@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from conftest import Outcome
 
 import kvshare
 from kvshare.duration import estimate_seconds
@@ -137,3 +139,33 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_a_remedy(served: Hub, tmp
     assert result.returncode == 2
     assert "the Hub does not give 'org/model'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_dry_runs_download_no_weights(
+    served: Hub,
+    converted_folder: Callable[..., Path],
+    run: Callable[..., Outcome],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address, constants = f"http://127.0.0.1:{served.server_address[1]}", huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+    checkpoint, output = converted_folder("llama-gqa"), tmp_path / "out"
+    for words in (
+        ("convert", "org/model", "-o", output, "--no-heal", "--calibration", text_file, "--eval-mode", "off"),
+        ("calibrate", "org/model", "-o", output, "--data", text_file),
+        ("inspect", "org/model", "-o", output, "--data", text_file),
+        ("heal", checkpoint, "-o", output, "--source", "org/model", "--data", text_file),
+        ("bench", checkpoint, "-o", output, "--against", "org/model", "--contexts", "16"),
+    ):
+        result = run(*words, "--dry-run")
+        assert result.code == 0, result.err
+        assert "nothing was written" in result.out
+    huggingface_hub.close_session()
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    assert not output.exists()

@@ -141,8 +141,10 @@ def test_rows_are_shared_equally_or_not_at_all(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="convert was started in 2 processes"):
+    with pytest.raises(UsageError, match="was started in 2 processes, and takes one"):
         kvshare.convert("kvshare/tiny", tmp_path / "out")
+    with pytest.raises(UsageError, match="calibrate was started in 2 processes, and takes one"):
+        kvshare.calibrate("kvshare/tiny", tmp_path / "out")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UsageError, match="does not run under FSDP"):
