@@ -257,7 +257,7 @@ def kill_together(job: Callable[[Path], Job], root: Path, points: int) -> tuple[
     if statuses != [0, 0] or contents(base / "out") != wanted:
         return 0, {"undisturbed": f"{statuses}"}
     for rank, count in enumerate(counts):
-        kills += [(rank, 1 + round((place + 0.5) * (count - 1) / points)) for place in range(points)]
+        kills += sorted({(rank, 1 + round((place + 0.5) * (count - 1) / points)) for place in range(points)})
     for kill in kills:
         folder = root / f"killed-{kill[0]}-{kill[1]}"
         folder.mkdir()
