@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvshare.activations import first_inputs
+from kvshare.activations import bypassed, first_inputs
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, choose_budget, divisors, head_units
 from kvshare.data import rows_per_forward
 from kvshare.errors import UsageError
@@ -172,13 +172,19 @@ def per_energy(hidden: Tensor) -> float:
 
 def _divergence(model: Any, given: Tensor, wanted: Tensor, device: torch.device) -> float:
     """Mean KL in nats per token between the predictions from two last hidden states (rows, length, hidden)."""
-    norm, head = model.get_decoder().norm, model.get_output_embeddings()
+    layers = model.get_decoder().layers
     per_batch = rows_per_forward(given.shape[1], int(model.config.vocab_size))
     total = 0.0
     for pair in zip(given.split(per_batch), wanted.split(per_batch), strict=True):
-        other, own = (torch.log_softmax(head(norm(hidden.to(device))).float(), dim=-1) for hidden in pair)
+        other, own = (torch.log_softmax(_logits(model, layers, hidden.to(device)).float(), dim=-1) for hidden in pair)
         total += float((own.exp() * (own - other)).sum())
     return max(0.0, total / given[..., 0].numel())
+
+
+def _logits(model: Any, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    """What a model predicts from last hidden states (rows, length, hidden), with all that the family does behind its layers."""
+    with bypassed(layers, lambda _: hidden):
+        return model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
 
 
 def agreement(layers: Sequence[Sequence[Damage]]) -> Agreement:
