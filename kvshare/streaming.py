@@ -85,14 +85,41 @@ def read_layer(skeleton: Skeleton, index: int, device: torch.device) -> nn.Modul
     source, prefix = skeleton.source, skeleton.layer_prefix(index)
     layer = copy.deepcopy(skeleton.layers[index])
     own = set(layer.state_dict())
-    state = {
-        name: read_tensor(source.path, spec).to(device, torch.float32)
+    stored = {
+        full: read_tensor(source.path, spec).to(device, torch.float32)
         for full, spec in source.tensors.items()
-        if full.startswith(prefix) and (name := full.removeprefix(prefix)) in own
+        if full.startswith(prefix)
     }
+    if any(full.removeprefix(prefix) not in own for full in stored):
+        stored = _as_in_memory(skeleton.model, stored)
+    state = {name: value for full, value in stored.items() if (name := full.removeprefix(prefix)) in own}
     layer.load_state_dict(state, strict=False, assign=True)
     _require(source, [f"{prefix}{name}" for name, value in layer.named_parameters() if value.is_meta])
     return layer.requires_grad_(False).to(device).eval()
+
+
+def _as_in_memory(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint as the model names and shapes them: experts are stored one by one and held as one tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, Tensor] = {}
+    waiting: dict[str, WeightConverter] = {}
+    for stored in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if pattern is None:
+            found[name] = tensors[stored]
+            continue
+        converter = waiting.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+        converter.add_tensor(name, stored, pattern, tensors[stored])
+    for name, converter in waiting.items():
+        for target, value in converter.convert(name, model=model, config=model.config).items():
+            found[target] = value[0] if isinstance(value, list) else value
+    return found
 
 
 def _require(source: Source, missing: list[str]) -> None:
