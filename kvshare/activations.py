@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.families import Family
+from kvshare.layout import pair_order
 from kvshare.memory import BATCH_TOKENS, IN_MEMORY
 from kvshare.moments import Attending
 
@@ -136,16 +137,25 @@ def _moved(value: Any, device: torch.device) -> Any:
 def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
     tables = call.arguments.get("position_embeddings")
-    if tables is None or (family.rotates is not None and not getattr(attention, family.rotates)):
+    if tables is None or not _rotates(attention, family):
         return 0
-    return int(tables[0].shape[-1])
+    return int(tables[0].shape[-1]) * (2 if family.half_tables else 1)
 
 
-def attending(attention: nn.Module, call: LayerCall, turned: int) -> Attending:
+def _rotates(attention: Any, family: Family) -> bool:
+    """Whether rope turns the keys of this layer."""
+    if family.rotates == "windows":
+        config = attention.config
+        return config.sliding_window is None or config.layer_types[attention.layer_idx] == "sliding_attention"
+    return family.rotates is None or bool(getattr(attention, family.rotates))
+
+
+def attending(attention: Any, family: Family, call: LayerCall, turned: int) -> Attending:
     """How an attention module attends in `call`, which is that of a row without padding.
 
     Args:
-        attention: of a family whose module has `apply_rotary_pos_emb`, if rope turns any numbers.
+        attention: its module in transformers has `apply_rotary_pos_emb`, if rope turns any numbers.
+        family: of the layer.
         call: holds `position_ids` (1, tokens), `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if
             attention is more than causal.
         turned: how many numbers of a head rope turns, the first ones.
@@ -158,17 +168,24 @@ def attending(attention: nn.Module, call: LayerCall, turned: int) -> Attending:
     else:
         visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
 
-    scaling: Any = attention.scaling
+    softcap = attention.attn_logit_softcapping if family.model_type == "gemma2" else None
+    sinks = attention.sinks.detach() if hasattr(attention, "sinks") else None
+    how = Attending(lambda x, _at: x, lambda x, _at: x, visible, float(attention.scaling), softcap, sinks)
     if not turned:
-        return Attending(lambda x, _at: x, lambda x, _at: x, visible, float(scaling))
+        return how
     cos, sin = call.arguments["position_embeddings"]
     apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
 
-    def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
-        moved = apply(x[..., :turned], x[..., :turned], cos[:, at], sign * sin[:, at])[1]
-        return torch.cat([moved, x[..., turned:]], -1)
+    order = pair_order(turned, turned).to(device)
 
-    return Attending(lambda x, at: turn(x, at, 1), lambda x, at: turn(x, at, -1), visible, float(scaling))
+    def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
+        first = x[..., :turned]
+        if family.interleaved:
+            first = first[..., order.argsort()]
+        moved = apply(first, first, cos[:, at], sign * sin[:, at])[1]
+        return torch.cat([moved[..., order] if family.interleaved else moved, x[..., turned:]], -1)
+
+    return replace(how, rotate=lambda x, at: turn(x, at, 1), unrotate=lambda x, at: turn(x, at, -1))
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:

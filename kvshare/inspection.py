@@ -77,7 +77,7 @@ def inspect(
             plan.head_dim,
             int(source.config[plan.family.field("hidden_size")]),
             8 * ITEM_BYTES[source.tensors[plan.family.weight(0, "k")].dtype],
-            plan.family.kv_heads is not None,
+            plan.family.merges_heads,
             named(settings.data),
             rows.numel(),
             recipe.seed,
@@ -127,7 +127,7 @@ def inspect_layers(
         device: where one layer at a time is computed.
         progress: called on the way.
     """
-    options = divisors(plan.source_kv_heads) if plan.family.kv_heads else (plan.source_kv_heads,)
+    options = divisors(plan.source_kv_heads) if plan.family.merges_heads else (plan.source_kv_heads,)
     hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
     for index, call in enumerate(calls):
         progress("inspecting layers", index, len(calls))

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +228,11 @@ def _merged_layers(
         progress("merging layers", index, plan.layers)
         weights, report = earlier(index), None
         if weights is None:
-            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
+            turned = None if statistics is None else statistics.rotary_dims[index]
+            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index, turned)
             if taken is None or statistics is None:
                 weights = merge_mean(source, plan.kv_heads)
             else:
-                source = replace(source, rotary_dim=statistics.rotary_dims[index])
                 moments = read_moments(taken, statistics, index, source)
                 try:
                     weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
@@ -251,7 +251,9 @@ def _merged_layers(
     progress("merging layers", plan.layers, plan.layers)
 
 
-def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int) -> AttentionWeights:
+def _stored_weights(
+    folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int, rotary_dim: int | None = None
+) -> AttentionWeights:
     """The attention of one layer as it lies on the disk; what no merge touches is not read."""
     changes = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
     stored = {name: specs.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
@@ -260,7 +262,7 @@ def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, l
         for name, spec in stored.items()
         if spec is not None
     }
-    return unpack(tensors, plan.family, plan.head_dim)
+    return unpack(tensors, plan.family, plan.head_dim, rotary_dim)
 
 
 def _auto_map(plan: Plan) -> dict[str, str]:

@@ -49,7 +49,7 @@ def attend_and_advance(
         family: of the layer.
         hidden: hidden states (rows, length, hidden) on the CPU.
         wanted: gets the attention outputs, same shape; where there is another stream, with what that one has drifted from this
-            one added, so that it is corrected there.
+            one added, so that it is corrected there; for families that add it to the hidden states as it is, or scaled.
         call: how the layer is called.
         device: where it computes.
         other: hidden states of the other stream, same shape.
@@ -61,7 +61,7 @@ def attend_and_advance(
             behind = run_layer(layer, batch.to(device), call)
             given.copy_(outputs.pop())
             if drifted is not None:
-                given += batch - drifted
+                given += (batch - drifted) / getattr(layer, "residual_multiplier", 1.0)
             batch.copy_(behind)
 
 

@@ -240,11 +240,12 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     # a head of K or V is one unit of cache
     units = budget_units(recipe.cache_budget or 1.0, layers, source_heads) if chosen is None else head_units(chosen, source_heads)
     heads = source_heads if chosen is None else stored_heads(chosen, source_heads)
-    if family.kv_heads is None and (heads != source_heads or recipe.cache_budget is not None):
+    if not family.merges_heads and (heads != source_heads or recipe.cache_budget is not None):
         wanted = f"{heads} KV heads" if recipe.cache_budget is None else "a cache budget"
+        alone = "has no number of KV heads in its config: each query head has its own"
         raise UsageError(
             f"{source.name} cannot have {wanted}",
-            f"a {family.model_type} model has no number of KV heads in its config: each query head has its own",
+            f"a {family.model_type} model {'norms the keys of all heads as one' if family.wide_norm else alone}",
             "take kv_heads all: K and V become one projection, which is half the cache",
         )
     if recipe.init == "exact":
@@ -257,10 +258,8 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     for layer in range(layers):
         untouched = chosen is not None and chosen[layer] is None
         for part in PARTS:
-            expected = shapes[part]
             changes = not untouched and recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
-            rows = heads * head_dim if part in "kv" else expected[0]
-            after = shapes | {part: (rows, expected[1])}
+            after = shapes | {"k": (heads * head_dim, hidden), "v": (heads * head_dim, hidden)}
             if changes:
                 merged[family.weight(layer, part)] = family.stored_shape(part, after)
             bias = family.bias(layer, part)

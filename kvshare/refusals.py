@@ -33,7 +33,7 @@ def convertible_family(source: Source) -> Family:
             "convert the unquantised model and quantise the result",
         )
     for name, value in family.only.items():
-        if config.get(name, value) != value:
+        if (config.get(name, value) or False) != value:  # null is false
             raise UnsupportedModelError(
                 f"{source.name} has {name} = {shown(config[name])}",
                 f"of {family.model_type}, kvshare knows the models with {value!r}",
@@ -68,6 +68,12 @@ def require_exact(source: Source, family: Family, heads: int, source_heads: int,
             f"{source.name} has no exact form",
             f"its keys have {source_heads} x {head_dim} = {source_heads * head_dim} numbers per token and hidden states {hidden}: "
             "values are a function of keys where these are equal",
+            "use init svd, or learned",
+        )
+    if source.config.get("clip_qkv") is not None:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"it clips keys and values (clip_qkv = {source.config['clip_qkv']}): values that were clipped are not made of keys",
             "use init svd, or learned",
         )
     if heads != source_heads:

@@ -110,6 +110,59 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
 }
+WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+# the other families of the registry: one small model each, with what is special about it, for the tests that walk them
+FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral": ("ministral", WINDOWS),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gemma": ("gemma", {"num_key_value_heads": 1}),
+    "gemma2": ("gemma2", WINDOWS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma3_text": ("gemma3_text", WINDOWS | {"query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5, "pad_token_id": None}),
+    "olmo": ("olmo", {"clip_qkv": 1.0}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", WINDOWS),
+    "olmoe": ("olmoe", EXPERTS),
+    "granite": (
+        "granite",
+        {"attention_multiplier": 0.2, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    "granitemoe": ("granitemoe", EXPERTS | {"residual_multiplier": 0.4, "attention_multiplier": 0.3}),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"sliding_window": 12}),
+    "gpt_oss": ("gpt_oss", WINDOWS | EXPERTS | {"attention_bias": True}),
+    "exaone4": ("exaone4", WINDOWS | {"sliding_window_pattern": 2}),
+    "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
+    "arcee": ("arcee", {}),
+    "seed_oss": ("seed_oss", {"attention_bias": True}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", WINDOWS),
+    "glm": ("glm", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
+    "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
+    "ernie4_5": ("ernie4_5", {}),
+    "helium": ("helium", {}),
+}
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
 SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
     "square-bias": ("llama", {"num_key_value_heads": 8, "attention_bias": True}),
@@ -129,13 +182,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def source_folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
-    """A source model by its key in SOURCES or SQUARE, made once; `tiny` is the bundled, really trained one."""
+    """A source model by its key in SOURCES, SQUARE or FAMILY_SOURCES, made once; `tiny` is the bundled, really trained one."""
 
     def get(key: str) -> Path:
         if key == "tiny":
             return TINY_FOLDER
-        model_type, fields = (SOURCES | SQUARE)[key]
-        return once(f"source-{key}", lambda folder: random_model(folder, model_type, **fields))
+        model_type, fields = (SOURCES | SQUARE | FAMILY_SOURCES)[key]
+        small = SMALL if key in FAMILY_SOURCES else {}
+        return once(f"source-{key}", lambda folder: random_model(folder, model_type, **small | fields))
 
     return get
 

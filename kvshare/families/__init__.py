@@ -21,15 +21,20 @@ class Family:
     """How one `model_type` lays out the attention of a decoder layer.
 
     `attention` is the prefix of the layer's attention tensors with `{layer}` for the index; `q`, `k`, `v` and `o`
-    are the names of the projections below it. `key_norm` is the name of a norm over the head_dim of each key head,
-    applied before rope, with its query counterpart `query_norm`; None where the family has none. `rotates` is the name of an
-    attribute of the attention module that says whether rope turns the keys of this layer; None where it turns those of all.
-    How many numbers of a head it turns is seen in the width of its tables; without tables, none.
+    are the names of the projections below it. `key_norm` is the name of a root-mean-square norm of keys before rope, with its
+    query counterpart `query_norm`; None where the family has none. It goes over the head_dim of each head, or, where `wide_norm`
+    says so, over all heads as one. `norm_offset` is what the norm adds to the weights that are stored. `post_norm` families norm
+    the output of attention before they add it to the residual stream.
 
-    Where `q`, `k` and `v` are one name, they are a third each of the rows of one tensor. `transposed` families store weights as
-    (in, out), which is transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, heads
-    cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that some must have,
-    where they are present.
+    `rotates` says in which layers rope turns keys: None, all; `use_rope`, those whose attention module has an attribute of that
+    name that is true; `windows`, those with a sliding window, all where the config has none. How many numbers of a head it
+    turns is seen in the width of its tables (twice that in `half_tables` families); without tables, none. They are turned in
+    pairs that lie half of them apart, or side by side in `interleaved` families.
+
+    Where `q`, `k` and `v` are one name, they are rows of one tensor in this order. `transposed` families store weights as
+    (in, out), which is transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with
+    a wide norm, heads cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that
+    some must have, where they are present.
     """
 
     model_type: str
@@ -40,7 +45,12 @@ class Family:
     o: str = "o_proj"
     query_norm: str | None = None
     key_norm: str | None = None
-    rotates: str | None = None
+    wide_norm: bool = False
+    norm_offset: float = 0.0
+    post_norm: bool = False
+    rotates: Literal["use_rope", "windows"] | None = None
+    interleaved: bool = False
+    half_tables: bool = False
     transposed: bool = False
     kv_heads: str | None = "num_key_value_heads"
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -50,6 +60,16 @@ class Family:
     def fused(self) -> bool:
         """Whether one tensor holds q, k and v."""
         return self.k == self.v
+
+    @property
+    def merges_heads(self) -> bool:
+        """Whether a model may have fewer KV heads."""
+        return self.kv_heads is not None and not self.wide_norm
+
+    def heads(self, config: Mapping[str, Any]) -> tuple[int, int]:
+        """Query heads and KV heads of a model, from its config."""
+        queries = int(config[self.field("num_attention_heads")])
+        return queries, int((config.get(self.kv_heads) if self.kv_heads else None) or queries)
 
     @property
     def stack(self) -> str:
@@ -91,9 +111,44 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama"),
         Family("mistral"),
+        Family("ministral"),
+        Family("ministral3"),
+        Family("mixtral"),
         Family("qwen2"),
+        Family("qwen2_moe"),
         Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+        Family("qwen3_moe", query_norm="q_norm", key_norm="k_norm"),
+        Family("gemma"),
+        Family("gemma2", post_norm=True, only={"use_bidirectional_attention": False}),
+        Family(
+            "gemma3_text",
+            query_norm="q_norm",
+            key_norm="k_norm",
+            norm_offset=1.0,
+            post_norm=True,
+            only={"use_bidirectional_attention": False},
+        ),
+        Family("phi3", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
+        Family("olmo"),
+        Family("olmo2", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
+        Family("olmo3", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
+        Family("olmoe", query_norm="q_norm", key_norm="k_norm", wide_norm=True),
+        Family("granite"),
+        Family("granitemoe"),
         Family("smollm3", rotates="use_rope"),
+        Family("stablelm", only={"qk_layernorm": False}),
+        Family("starcoder2"),
+        Family("gpt_oss", half_tables=True),
+        Family("exaone4", query_norm="q_norm", key_norm="k_norm", rotates="windows", post_norm=True),
+        Family("nemotron"),
+        Family("arcee"),
+        Family("seed_oss"),
+        Family("cohere", interleaved=True, only={"use_qk_norm": False}),
+        Family("cohere2", interleaved=True, rotates="windows"),
+        Family("glm", interleaved=True),
+        Family("glm4", interleaved=True, post_norm=True),
+        Family("ernie4_5", interleaved=True),
+        Family("helium", interleaved=True),
         Family("phi", o="dense", only={"qk_layernorm": False}),
         Family(
             "gpt2",
@@ -111,12 +166,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# model types whose layers cache one latent vector per token, of which K and V are both made
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2", "longcat_flash", "minicpm3")
+
+
 def family_of(model_type: str) -> Family:
     """The family of a `model_type`.
 
     Raises:
         UnsupportedModelError: no such family; the message lists the families and names the closest one.
     """
+    if model_type in LATENT:
+        raise UnsupportedModelError(
+            f"a {model_type} model has no K and V to share",
+            "it caches one latent vector per token, of which both are made (MLA): what sharing would save is saved already",
+            "use it as it is, or convert a model with grouped or multi-head attention",
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported",

@@ -20,6 +20,7 @@ with each head repeated, which the native class computes as it is; here one of e
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Any, NamedTuple
 
@@ -32,7 +33,11 @@ from transformers.pytorch_utils import Conv1D
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
-Rotary = tuple[Tensor, Tensor]  # cos and sin, (batch, tokens, rotated width)
+Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once more of the cached keys, where there are any
+# what some families hand to the attention function beside the usual: its name there, and of which attribute
+ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
+ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
+HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
 class SharedProjection(nn.Linear):
@@ -51,6 +56,18 @@ class FusedProjection(Conv1D):
         width = self.weight.shape[1] // 3
         query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
         return query + self.bias[:width], shared
+
+
+class RowsProjection(nn.Linear):
+    """qkv_proj, of which only the rows of queries and of keys are computed; those of values equal those of keys. It has no bias."""
+
+    kvshare_queries: int  # how many rows are of queries
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common: (..., query or kv heads * head_dim)."""
+        rows = (self.out_features - self.kvshare_queries) // 2
+        query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
+        return query, shared
 
 
 class ValueBias(nn.Module):
@@ -89,11 +106,18 @@ def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
 
 
-def _rotated(rotate: Any, states: Tensor, tables: Rotary) -> Tensor:
-    """Rope on the first numbers of each head, as many as its tables are wide; states (batch, heads, tokens, head_dim)."""
-    width = tables[0].shape[-1]
+def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
+    """Rope on the first `width` numbers of each head; states (batch, heads, tokens, head_dim)."""
     turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
+
+
+def _normed(norm: nn.Module, states: Tensor) -> Tensor:
+    """A norm of each head, or of all heads as one; states (batch, heads, tokens, head_dim)."""
+    if norm.weight.shape == states.shape[-1:]:
+        return norm(states)
+    by_token = states.transpose(1, 2)
+    return norm(by_token.flatten(2)).view(by_token.shape).transpose(1, 2)
 
 
 class ExactMaps(NamedTuple):
@@ -231,7 +255,7 @@ def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, 
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    _, weights = eager(attention, query, key, shared[..., :0], mask, scaling=attention.scaling)
+    _, weights = eager(attention, query, key, shared[..., :0], mask, scaling=attention.scaling, **_arguments(attention))
     values, bias = _maps(attention, shared.dtype).values, attention.v_proj.bias
     heads = (shared.shape[1], attention.head_dim)
     by_head = weights.flatten(1, 2).unsqueeze(1).to(values.dtype)  # (batch, 1, query heads * new tokens, slots)
@@ -243,15 +267,35 @@ def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, 
     return value.reshape(query.shape).transpose(1, 2).flatten(2).to(query.dtype), weights
 
 
+def _arguments(attention: Any) -> dict[str, Any]:
+    """What the family hands to the attention function beside the usual."""
+    named = ARGUMENTS.get(attention.config.model_type, {})
+    return {name: getattr(attention, attribute) for name, attribute in named.items()}
+
+
+def _rotates(attention: Any, layer_type: str) -> bool:
+    """Whether rope turns queries and keys of a layer."""
+    config = attention.config
+    if config.model_type in ROTATE_WINDOWS_ALONE:
+        return config.sliding_window is None or layer_type == "sliding_attention"
+    return bool(getattr(attention, "use_rope", True))
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj (or dense)."""
+    """The shared form of an attention class with q_proj, k_proj and v_proj, or qkv_proj, and o_proj (or dense)."""
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
+    query_scale = getattr(module, "get_llama_4_attn_scale", None)
 
-    def bias_of(self: Any, projection: Any) -> Tensor:
+    def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
-        return _unique(projection.bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+        return _unique(bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+
+    def project(self: Any, output: Tensor) -> Tensor:
+        """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
+        output = self.o_proj(output) if hasattr(self, "o_proj") else self.dense(output)
+        return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
 
     def forward(
         self: Any,
@@ -259,39 +303,51 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         position_embeddings: Rotary,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        key_position_embeddings: dict[str, Rotary] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)  # (batch, new tokens, query heads, head_dim)
+        shared: Any = None
+        key_bias: Any = None
+        if hasattr(self, "qkv_proj"):
+            query, shared = self.qkv_proj(hidden_states)
+        else:
+            query, key_bias = self.q_proj(hidden_states), self.k_proj.bias
+        query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         if hasattr(self, "q_norm"):
-            query = self.q_norm(query)
-        query = query.transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
+            query = _normed(self.q_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
-        shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
+        if shared is None:
+            shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
 
-        key = shared
-        if self.k_proj.bias is not None:
-            key = key + bias_of(self, self.k_proj)
+        key, value = shared, None  # type: Any, Any
+        if key_bias is not None:
+            key = key + bias_of(self, key_bias)
         if hasattr(self, "k_norm"):
-            key = self.k_norm(key)
-        if getattr(self, "use_rope", True):
-            tables = key_position_embeddings[self.kvshare_layer_type] if key_position_embeddings else position_embeddings
-            query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
-        project = self.o_proj if hasattr(self, "o_proj") else self.dense
+            key = _normed(self.k_norm, key)
         if not self.kvshare_exact:
-            value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj)
+            value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj.bias)
         elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
             value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        elif _averages_first(self, query, attention_mask):
+        clip = getattr(self.config, "clip_qkv", None)
+        if clip is not None:
+            query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
+        if self.kvshare_rotates:
+            own, cached = position_embeddings[:2], position_embeddings[-2:]
+            width = own[0].shape[-1] * (2 if self.config.model_type in HALF_TABLES else 1)
+            query, key = _rotated(rotate, query, own, width), _rotated(rotate, key, cached, width)
+        if query_scale is not None:
+            rope = self.config.rope_parameters
+            scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
+            query = query * query_scale(kwargs["position_ids"], *scale).to(query.dtype)
+        if value is None and _averages_first(self, query, attention_mask):
             output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
-            return project(output), weights
-        else:
+            return project(self, output), weights
+        if value is None:
             value = _values_from_keys(self, shared)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
@@ -305,10 +361,11 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=window,
+            sliding_window=window if getattr(self, "is_sliding", True) else None,
+            **_arguments(self),
             **kwargs,
         )
-        return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        return project(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the weights; what was made of them is made again when it is needed."""
@@ -319,11 +376,23 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _untouched_class(native: type[nn.Module]) -> type[nn.Module]:
-    """An attention class as it is, for layers beside shared ones."""
+def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
+    """A decoder layer that hands its attention the tables of cached keys beside those of new tokens: in some families nothing
+    but `position_embeddings` comes through.
+    """
 
-    def forward(self: Any, *args: Any, key_position_embeddings: dict[str, Rotary] | None = None, **kwargs: Any) -> Any:
-        return native.forward(self, *args, **kwargs)
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: Any = None,
+        key_position_embeddings: dict[str, Rotary] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        kind = getattr(self.self_attn, "kvshare_layer_type", None)  # None in a layer that is not shared
+        if key_position_embeddings is not None and kind is not None:
+            position_embeddings = (*position_embeddings, *key_position_embeddings[kind])
+        return native.forward(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -391,7 +460,8 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
             if any(slots is not position_ids for slots in positions.values()):
                 kwargs["key_position_embeddings"] = {
-                    kind: self.rotary_emb(inputs_embeds, position_ids=slots) for kind, slots in positions.items()
+                    kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
+                    for kind, slots in positions.items()
                 }
         return native.forward(
             self,
@@ -403,7 +473,13 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             **kwargs,
         )
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
+
+
+@classmethod  # type: ignore[misc]
+def _standard(cls: Any) -> bool:
+    """Names of tensors in files are those of the native class: transformers converts them only where code is its own."""
+    return False
 
 
 @functools.cache
@@ -431,6 +507,10 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
                     state[name] = heads.repeat_interleave(rows // len(state[name]), 0).flatten(0, 1)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
+        for name, attention in _shared_attention(self):
+            if (fused := f"{name}.qkv_proj.weight") in state:
+                rows = self.config.num_key_value_heads * attention.head_dim
+                state[fused] = torch.cat([state[fused][:-rows], state[fused][-2 * rows : -rows]])
         for name in [name for name in state if name.endswith(".c_attn.weight")]:
             query, shared, _ = state[name].chunk(3, 1)
             state[name] = torch.cat([query, shared, shared], 1)
@@ -443,6 +523,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__module__": __name__,
         "__doc__": f"{native.__name__} with one cached tensor per token and layer where K and V are shared.",
         "config_class": native.config_class,
+        "is_custom_code": _standard,
         "_keys_to_ignore_on_load_unexpected": [*(native._keys_to_ignore_on_load_unexpected or ()), r"\.v_proj\.weight$"],
     }
     return type(native.__name__, (native,), members)
@@ -470,25 +551,30 @@ def _share(model: Any) -> None:
     for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
         attention = decoder.layers[layer].self_attn
         attention.kvshare_exact, attention.kvshare_maps = exact, None
-        if not exact:
-            value_bias = attention.v_proj.bias
-            del attention.v_proj
-            if value_bias is not None:
-                attention.v_proj = ValueBias(value_bias)
-        attention.k_proj.__class__ = SharedProjection
+        if hasattr(attention, "qkv_proj"):
+            attention.qkv_proj.__class__ = RowsProjection
+            attention.qkv_proj.kvshare_queries = model.config.num_attention_heads * attention.head_dim
+        else:
+            if not exact:
+                value_bias = attention.v_proj.bias
+                del attention.v_proj
+                if value_bias is not None:
+                    attention.v_proj = ValueBias(value_bias)
+            attention.k_proj.__class__ = SharedProjection
         native: Any = type(attention)
         attention.__class__ = _attention_class(native)
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_rotates = _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
         attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
-    for layer in set(range(len(decoder.layers))) - set(block["layers"]):
-        attention = decoder.layers[layer].self_attn
-        untouched: Any = type(attention)
-        attention.__class__ = _untouched_class(untouched)
+    for layer in decoder.layers:
+        native_layer: Any = type(layer)
+        layer.__class__ = _layer_class(native_layer)
     native_decoder: Any = type(decoder)
     decoder.__class__ = _decoder_class(native_decoder)
     decoder.kvshare_kinds = kinds
+    decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
 
 
 def _shared_attention(model: Any) -> list[tuple[str, Any]]:
@@ -499,6 +585,8 @@ def _shared_attention(model: Any) -> list[tuple[str, Any]]:
 def _forget_repeats(model: Any) -> None:
     """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
     for _, attention in _shared_attention(model):
+        if hasattr(attention, "qkv_proj"):
+            continue
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
