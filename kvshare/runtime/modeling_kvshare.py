@@ -430,6 +430,35 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
 
+def _refuse_values(cache: Any, layer: int) -> None:
+    """Refuse a cache that holds values of its own in a layer that is shared."""
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
+    if values is not None and values.dim() == 4 and values.shape[-1]:
+        raise ValueError(
+            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
+            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
+        )
+
+
+def _accept_empty(cache: Any) -> None:
+    """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
+    for layer in cache.layers:
+        if hasattr(layer, "_quantize") and "_quantize" not in vars(layer):
+            quantize, dequantize = layer._quantize, layer._dequantize
+            by_scale = "scale" in inspect.signature(quantize).parameters  # float8, which unpacks numbers and their scale
+
+            def store(x: Tensor, *args: Any, quantize: Any = quantize, by_scale: bool = by_scale, **kwargs: Any) -> Any:
+                if x.shape[-1]:
+                    return quantize(x, *args, **kwargs)
+                return quantize(x, scale=x.new_ones(())) if by_scale else x
+
+            def read(x: Any, dequantize: Any = dequantize) -> Tensor:
+                return x if isinstance(x, Tensor) and not x.shape[-1] else dequantize(x)
+
+            layer._quantize, layer._dequantize = store, read
+
+
 @functools.cache
 def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder: it rotates once per forward for all layers of a kind."""
@@ -454,6 +483,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
+            for layer in self.kvshare_kinds.values():
+                _refuse_values(past_key_values, layer)
+            _accept_empty(past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
@@ -518,6 +550,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     members = {
         "__init__": initialise,
+        "_get_static_cache_init_shape": lambda self: None,  # keys and values of equal width
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
         "__module__": __name__,
