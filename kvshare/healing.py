@@ -294,7 +294,7 @@ def write_healed(
     bare = f"{student.base_model_prefix}."
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
     geometry = geometry_of(config, family, str(checkpoint))
-    if family.kv_heads is not None:
+    if family.kv_heads is not None and not family.fused:
         for name in [name for name in changed if f".{family.k}." in name]:
             changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
     heads = (geometry.query_heads, geometry.kv_heads)

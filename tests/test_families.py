@@ -108,6 +108,27 @@ def test_a_family_with_fewer_heads(
     assert shared.config.num_key_value_heads == 1
 
 
+@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text"])
+def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp_path: Path, key: str) -> None:
+    kvshare.load(forms(key, "svd")).save_pretrained(tmp_path)
+    before, after = (loaded(path).state_dict() for path in (forms(key, "svd"), tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_experts_are_read_by_remote_code(
+    forms: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    folder, ids = forms("qwen3_moe", "svd"), torch.arange(100, 140)[None]
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(remote).__module__.startswith("transformers_modules")
+    with torch.no_grad():
+        torch.testing.assert_close(remote(ids).logits, loaded(folder)(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_heads_that_are_normed_as_one_are_not_merged(source_folder: Callable[[str], Path]) -> None:
     with pytest.raises(kvshare.KVShareError, match="norms the keys of all heads as one"):
         kvshare.plan(source_folder("olmo2"), kv_heads=1)
