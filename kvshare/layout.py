@@ -5,7 +5,7 @@ In: `AttentionWeights`, or tensors by their name below the attention module. Out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ def pack(weights: AttentionWeights, family: Family) -> dict[str, Tensor]:
         if field in fields:
             plain = _reordered(field, value, weights.head_dim, order) if family.interleaved else value
             groups.setdefault(fields[field], []).append(plain - family.norm_offset if field in NORMS else plain)
-    whole = {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in groups.items()}
+    heads = (weights.query_heads, weights.kv_heads)
+    whole = {name: fused_rows(parts, heads, family) if len(parts) > 1 else parts[0] for name, parts in groups.items()}
     return {name: value.T if family.transposed and value.dim() == 2 else value for name, value in whole.items()}
 
 
@@ -47,8 +48,9 @@ def unpack(tensors: Mapping[str, Tensor], family: Family, head_dim: int, rotary_
         if name in tensors:
             value = tensors[name].T if family.transposed and tensors[name].dim() == 2 else tensors[name]
             if family.fused and field[0] in "qkv" and field not in NORMS:
-                queries = tensors[fields["o"]].shape[0 if family.transposed else 1]
-                value = fused_parts(value, queries)["qkv".index(field[0])]
+                queries = tensors[fields["o"]].shape[0 if family.transposed else 1] // head_dim
+                heads = (queries, (len(value) // head_dim - queries) // 2)
+                value = fused_parts(value, heads, family)["qkv".index(field[0])]
             if field in NORMS and family.norm_offset:
                 value = value.double() + family.norm_offset  # the sum has more digits than what is stored
             found[field] = _reordered(field, value, head_dim, order) if family.interleaved else value
@@ -69,16 +71,29 @@ def paired(states: Tensor, family: Family, weights: AttentionWeights) -> Tensor:
     return states.unflatten(-1, (-1, weights.head_dim))[..., order].flatten(-2)
 
 
-def fused_parts(fused: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused_parts(fused: Tensor, heads: tuple[int, int], family: Family) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of q, of k and of v in a tensor that holds all three.
 
     Args:
         fused: (rows of q, k and v, ...).
-        queries: how many of the rows are of q.
+        heads: query heads and KV heads.
+        family: says where the rows lie.
     """
-    rest = (len(fused) - queries) // 2
-    query, key, value = fused.split([queries, rest, rest])
+    queries, keys = heads
+    width = len(fused) // (queries + 2 * keys)
+    if family.grouped_rows:
+        groups = fused.unflatten(0, (keys, -1, width))
+        return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
+    query, key, value = fused.split([queries * width, keys * width, keys * width])
     return query, key, value
+
+
+def fused_rows(parts: Sequence[Tensor], heads: tuple[int, int], family: Family) -> Tensor:
+    """The inverse of `fused_parts`."""
+    if not family.grouped_rows:
+        return torch.cat(list(parts))
+    width = len(parts[0]) // heads[0]
+    return torch.cat([part.unflatten(0, (heads[1], -1, width)) for part in parts], 1).flatten(0, 2)
 
 
 def _reordered(field: str, value: Tensor, head_dim: int, order: Tensor) -> Tensor:
@@ -100,8 +115,8 @@ def tied(tensors: Mapping[str, Tensor], family: Family, heads: tuple[int, int]) 
         prefix, found, _ = name.rpartition(f".{family.k}.weight")
         if found and family.fused:
             rows = value.T if family.transposed else value
-            query, key, _ = fused_parts(rows, len(rows) * heads[0] // (heads[0] + 2 * heads[1]))
-            whole = torch.cat([query, key, key])
+            query, key, _ = fused_parts(rows, heads, family)
+            whole = fused_rows((query, key, key), heads, family)
             result[name] = whole.T.contiguous() if family.transposed else whole
         elif found:
             result[f"{prefix}.{family.v}.weight"] = value

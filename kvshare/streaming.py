@@ -63,8 +63,11 @@ def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -
     known = set(model.state_dict())
     state = {}
     for stored, spec in source.tensors.items():
-        # a base model's checkpoint lacks the first part of the names of its decoder
-        name = stored if stored in known else f"{model.base_model_prefix}.{stored}"
+        name = stored
+        if stored not in known and not stored.startswith(prefix):
+            # the model calls it otherwise, or this is a base model's checkpoint, which lacks the first part of the names
+            (renamed,) = _as_in_memory(model, {stored: torch.empty(0)})
+            name = renamed if renamed in known else f"{model.base_model_prefix}.{stored}"
         if name in known and not stored.startswith(prefix):
             mapped = len(spec.shape) > 1
             state[name] = map_tensor(source.path, spec) if mapped else read_tensor(source.path, spec).float()

@@ -161,7 +161,7 @@ def _parts(data: bytes, shape: tuple[int, ...], family: Family, heads: tuple[int
     """The bytes of k and of v in a tensor of that shape, which holds q, k and v, of a model with these query and KV heads."""
     whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*shape, -1)
     rows = whole.transpose(0, 1) if family.transposed else whole
-    _, key, value = fused_parts(rows, len(rows) * heads[0] // (heads[0] + 2 * heads[1]))
+    _, key, value = fused_parts(rows, heads, family)
     return key.numpy().tobytes(), value.numpy().tobytes()
 
 

@@ -162,6 +162,8 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
     "ernie4_5": ("ernie4_5", {}),
     "helium": ("helium", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": 4, "pad_token_id": None, "dropout": 0.0}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0}),
 }
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
 SQUARE: dict[str, tuple[str, dict[str, Any]]] = {

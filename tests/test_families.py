@@ -80,7 +80,7 @@ def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, st
     # and it can be healed
     family = family_of(shared.config.model_type)
     assert len(_shared_projections(shared, family) or []) == 2
-    assert {"q_proj", "o_proj"} & {*_targets(shared, Recipe().heal, family.k)}
+    assert {"q_proj", "o_proj", "dense"} & {*_targets(shared, Recipe().heal, family.k)}
 
 
 @pytest.mark.parametrize("key", ["gemma3_text", "cohere", "glm", "phi3", "olmo2"])
@@ -108,7 +108,7 @@ def test_a_family_with_fewer_heads(
     assert shared.config.num_key_value_heads == 1
 
 
-@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text"])
+@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text", "opt", "gpt_neox"])
 def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp_path: Path, key: str) -> None:
     kvshare.load(forms(key, "svd")).save_pretrained(tmp_path)
     before, after = (loaded(path).state_dict() for path in (forms(key, "svd"), tmp_path))

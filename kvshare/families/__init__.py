@@ -31,10 +31,11 @@ class Family:
     turns is seen in the width of its tables (twice that in `half_tables` families); without tables, none. They are turned in
     pairs that lie half of them apart, or side by side in `interleaved` families.
 
-    Where `q`, `k` and `v` are one name, they are rows of one tensor in this order. `transposed` families store weights as
-    (in, out), which is transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with
-    a wide norm, heads cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that
-    some must have, where they are present.
+    Where `q`, `k` and `v` are one name, they are rows of one tensor in this order; in `grouped_rows` families KV head by KV head,
+    each with the rows of its query heads, its own of k and its own of v. `transposed` families store weights as (in, out), which is
+    transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with a wide norm, heads
+    cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that some must have,
+    where they are present.
     """
 
     model_type: str
@@ -51,6 +52,7 @@ class Family:
     rotates: Literal["use_rope", "windows"] | None = None
     interleaved: bool = False
     half_tables: bool = False
+    grouped_rows: bool = False
     transposed: bool = False
     kv_heads: str | None = "num_key_value_heads"
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -149,6 +151,17 @@ FAMILIES: dict[str, Family] = {
         Family("glm4", interleaved=True, post_norm=True),
         Family("ernie4_5", interleaved=True),
         Family("helium", interleaved=True),
+        Family("opt", attention="model.decoder.layers.{layer}.self_attn", o="out_proj", kv_heads=None),
+        Family(
+            "gpt_neox",
+            attention="gpt_neox.layers.{layer}.attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads=None,
+        ),
         Family("phi", o="dense", only={"qk_layernorm": False}),
         Family(
             "gpt2",

@@ -37,6 +37,7 @@ Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once
 # what some families hand to the attention function beside the usual: its name there, and of which attribute
 ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
 ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
+OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
 HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
@@ -68,6 +69,19 @@ class RowsProjection(nn.Linear):
         rows = (self.out_features - self.kvshare_queries) // 2
         query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
         return query, shared
+
+
+class GroupedProjection(nn.Linear):
+    """query_key_value, whose rows stand by heads, three parts each; what comes of those of values equals what comes of keys'."""
+
+    kvshare_width: int  # head_dim
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
+        query, shared, _ = nn.functional.linear(input, self.weight).unflatten(-1, (-1, 3, self.kvshare_width)).unbind(-2)
+        if self.bias is not None:
+            query = query + self.bias.view(-1, 3, self.kvshare_width)[:, 0]
+        return query.flatten(-2), shared.flatten(-2)
 
 
 class ValueBias(nn.Module):
@@ -283,35 +297,43 @@ def _rotates(attention: Any, layer_type: str) -> bool:
 
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class with q_proj, k_proj and v_proj, or qkv_proj, and o_proj (or dense)."""
+    """The shared form of an attention class with q_proj, k_proj and v_proj, or one projection for all, and an output projection."""
     module = sys.modules[native.__module__]
-    rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
+    rotate, eager = getattr(module, "apply_rotary_pos_emb", None), module.eager_attention_forward
     query_scale = getattr(module, "get_llama_4_attn_scale", None)
 
     def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
-        return _unique(bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+        return _unique(bias.reshape(-1, self.head_dim), self.kvshare_repeat)[:, None]
 
     def project(self: Any, output: Tensor) -> Tensor:
         """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
-        output = self.o_proj(output) if hasattr(self, "o_proj") else self.dense(output)
+        output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
         return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
 
     def forward(
         self: Any,
         hidden_states: Tensor,
-        position_embeddings: Rotary,
+        position_embeddings: Rotary = (),
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = layer_past if past_key_values is None else past_key_values
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         shared: Any = None
         key_bias: Any = None
+        value_bias: Any = None
         if hasattr(self, "qkv_proj"):
             query, shared = self.qkv_proj(hidden_states)
+        elif hasattr(self, "query_key_value"):
+            query, shared = self.query_key_value(hidden_states)
+            if self.query_key_value.bias is not None:
+                _, key_bias, value_bias = self.query_key_value.bias.view(-1, 3, self.head_dim).unbind(1)
         else:
             query, key_bias = self.q_proj(hidden_states), self.k_proj.bias
+            value_bias = self.v_proj.bias if hasattr(self, "v_proj") else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         if hasattr(self, "q_norm"):
             query = _normed(self.q_norm, query)
@@ -330,7 +352,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if hasattr(self, "k_norm"):
             key = _normed(self.k_norm, key)
         if not self.kvshare_exact:
-            value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj.bias)
+            value = shared if value_bias is None else shared + bias_of(self, value_bias)
         elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
             value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         clip = getattr(self.config, "clip_qkv", None)
@@ -359,7 +381,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=(self.attention_dropout if hasattr(self, "attention_dropout") else self.dropout) if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=window if getattr(self, "is_sliding", True) else None,
             **_arguments(self),
@@ -389,7 +411,7 @@ def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
         key_position_embeddings: dict[str, Rotary] | None = None,
         **kwargs: Any,
     ) -> Any:
-        kind = getattr(self.self_attn, "kvshare_layer_type", None)  # None in a layer that is not shared
+        kind = getattr(_attention(self), "kvshare_layer_type", None)  # None in a layer that is not shared
         if key_position_embeddings is not None and kind is not None:
             position_embeddings = (*position_embeddings, *key_position_embeddings[kind])
         return native.forward(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
@@ -476,7 +498,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and self.training and getattr(self, "gradient_checkpointing", False):
             use_cache = False
@@ -532,7 +554,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
-            rows = self.config.num_key_value_heads * attention.head_dim
+            rows = _stored_heads(self) * attention.head_dim
             for name in (f"{prefix}.{tensor}" for tensor in ("k_proj.weight", "k_proj.bias", "v_proj.bias")):
                 if name in state and len(state[name]) < rows:
                     heads = state[name].unflatten(0, (-1, attention.head_dim))
@@ -540,8 +562,11 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
         for name, attention in _shared_attention(self):
+            if (fused := f"{name}.query_key_value.weight") in state:
+                query, shared, _ = state[fused].unflatten(0, (-1, 3, attention.head_dim)).unbind(1)
+                state[fused] = torch.stack([query, shared, shared], 1).flatten(0, 2)
             if (fused := f"{name}.qkv_proj.weight") in state:
-                rows = self.config.num_key_value_heads * attention.head_dim
+                rows = _stored_heads(self) * attention.head_dim
                 state[fused] = torch.cat([state[fused][:-rows], state[fused][-2 * rows : -rows]])
         for name in [name for name in state if name.endswith(".c_attn.weight")]:
             query, shared, _ = state[name].chunk(3, 1)
@@ -580,13 +605,18 @@ def _share(model: Any) -> None:
         return
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    stored = model.config.num_key_value_heads
+    stored = _stored_heads(model)
     for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
-        attention = decoder.layers[layer].self_attn
+        attention = _attention(decoder.layers[layer])
+        if not hasattr(attention, "head_dim"):
+            attention.head_dim = attention.head_size
         attention.kvshare_exact, attention.kvshare_maps = exact, None
         if hasattr(attention, "qkv_proj"):
             attention.qkv_proj.__class__ = RowsProjection
             attention.qkv_proj.kvshare_queries = model.config.num_attention_heads * attention.head_dim
+        elif hasattr(attention, "query_key_value"):
+            attention.query_key_value.__class__ = GroupedProjection
+            attention.query_key_value.kvshare_width = attention.head_dim
         else:
             if not exact:
                 value_bias = attention.v_proj.bias
@@ -597,10 +627,13 @@ def _share(model: Any) -> None:
         native: Any = type(attention)
         attention.__class__ = _attention_class(native)
         attention.kvshare_layer_type = layer_types[layer]
-        attention.kvshare_rotates = _rotates(attention, layer_types[layer])
+        attention.kvshare_rotates = hasattr(decoder, "rotary_emb") and _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
-        attention.num_key_value_groups *= attention.kvshare_repeat
+        if stored != heads:
+            attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
+    if not hasattr(decoder, "rotary_emb"):  # what the layers cache has no position
+        return
     for layer in decoder.layers:
         native_layer: Any = type(layer)
         layer.__class__ = _layer_class(native_layer)
@@ -608,6 +641,16 @@ def _share(model: Any) -> None:
     decoder.__class__ = _decoder_class(native_decoder)
     decoder.kvshare_kinds = kinds
     decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
+
+
+def _attention(layer: Any) -> Any:
+    """The attention module of a decoder layer."""
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+
+
+def _stored_heads(model: Any) -> int:
+    """How many KV heads the weights have."""
+    return int(getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads)
 
 
 def _shared_attention(model: Any) -> list[tuple[str, Any]]:
@@ -618,12 +661,12 @@ def _shared_attention(model: Any) -> list[tuple[str, Any]]:
 def _forget_repeats(model: Any) -> None:
     """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
     for _, attention in _shared_attention(model):
-        if hasattr(attention, "qkv_proj"):
+        if not hasattr(attention, "k_proj"):
             continue
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
-        rows = model.config.num_key_value_heads * attention.head_dim
+        rows = _stored_heads(model) * attention.head_dim
         whole = all(len(value) == rows for _, _, value in held)
         if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
             continue
