@@ -298,9 +298,7 @@ def write_healed(
         for name in [name for name in changed if f".{family.k}." in name]:
             changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
     heads = (geometry.query_heads, geometry.kv_heads)
-    changed = {
-        name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family, heads).items()
-    }
+    changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family, heads).items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
         if spec.name in changed:

@@ -39,9 +39,9 @@ def convertible_family(source: Source) -> Family:
                 f"of {family.model_type}, kvshare knows the models with {value!r}",
                 "choose another model",
             )
-    architecture, stem = config.get("architectures"), family.model_type.replace("_", "")
+    architecture, stem = config.get("architectures"), family.model_type.removesuffix("_text").replace("_", "")
     fitting = [f"{stem}{ending}".lower() for ending in ("ForCausalLM", "LMHeadModel")]
-    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).lower() in fitting):
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).lower().replace("_", "") in fitting):
         raise UnsupportedModelError(
             f"{source.name} is not a causal language model",
             f"config.json names the architectures {shown(architecture)}, which is none of {family.model_type} that predicts tokens",

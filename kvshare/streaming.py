@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
-from kvshare.native import native_class, read_config
+from kvshare.native import as_in_memory, native_class, read_config
 from kvshare.source import Source
 from kvshare.tensors import map_tensor, read_tensor
 
@@ -66,7 +66,7 @@ def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -
         name = stored
         if stored not in known and not stored.startswith(prefix):
             # the model calls it otherwise, or this is a base model's checkpoint, which lacks the first part of the names
-            (renamed,) = _as_in_memory(model, {stored: torch.empty(0)})
+            (renamed,) = as_in_memory(model, {stored: torch.empty(0)})
             name = renamed if renamed in known else f"{model.base_model_prefix}.{stored}"
         if name in known and not stored.startswith(prefix):
             mapped = len(spec.shape) > 1
@@ -94,35 +94,11 @@ def read_layer(skeleton: Skeleton, index: int, device: torch.device) -> nn.Modul
         if full.startswith(prefix)
     }
     if any(full.removeprefix(prefix) not in own for full in stored):
-        stored = _as_in_memory(skeleton.model, stored)
+        stored = as_in_memory(skeleton.model, stored)
     state = {name: value for full, value in stored.items() if (name := full.removeprefix(prefix)) in own}
     layer.load_state_dict(state, strict=False, assign=True)
     _require(source, [f"{prefix}{name}" for name, value in layer.named_parameters() if value.is_meta])
     return layer.requires_grad_(False).to(device).eval()
-
-
-def _as_in_memory(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint as the model names and shapes them: experts are stored one by one and held as one tensor."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    found: dict[str, Tensor] = {}
-    waiting: dict[str, WeightConverter] = {}
-    for stored in sorted(tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(stored, renamings, converters)
-        if pattern is None:
-            found[name] = tensors[stored]
-            continue
-        converter = waiting.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-        converter.add_tensor(name, stored, pattern, tensors[stored])
-    for name, converter in waiting.items():
-        for target, value in converter.convert(name, model=model, config=model.config).items():
-            found[target] = value[0] if isinstance(value, list) else value
-    return found
 
 
 def _require(source: Source, missing: list[str]) -> None:
