@@ -369,8 +369,7 @@ def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, targets
         wanted = target.to(view.device)
         if output.bias is not None:
             wanted = wanted - output.bias.detach()
-        heads = enters(layer, output, batch.to(view.device), view.call)
-        sums.add(paired(heads, view.family, weights), wanted)
+        sums.add(paired(enters(layer, output, batch.to(view.device), view.call), view.family, weights), wanted)
     return sums
 
 
