@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import kvshare
 from kvshare.errors import UnsupportedModelError
 from kvshare.families import FAMILIES, family_of
-from kvshare.healing import _shared_projections, _targets
 from kvshare.layerwise import read_weights
 from kvshare.layout import pack
 from kvshare.passes import attention_of
 from kvshare.recipe import Recipe
+from kvshare.training import _lora_targets, _modules
 
 
 def test_every_family_has_a_model_in_the_tests() -> None:
@@ -79,8 +79,9 @@ def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, st
 
     # and it can be healed
     family = family_of(shared.config.model_type)
-    assert len(_shared_projections(shared, family) or []) == 2
-    assert {"q_proj", "o_proj", "dense"} & {*_targets(shared, Recipe().heal, family.k)}
+    assert len(_modules(shared, family, shared.config.kvshare["layers"], "k")) == 2
+    trained = {name.rpartition(".")[2] for name in _lora_targets(shared, Recipe().heal, family.k, [])}
+    assert trained & {"o_proj", "dense", "out_proj"}
 
 
 @pytest.mark.parametrize("key", ["gemma3_text", "cohere", "glm", "phi3", "olmo2"])
