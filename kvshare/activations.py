@@ -32,6 +32,13 @@ class LayerCall:
 
     arguments: dict[str, Any]
 
+    def of(self, rows: int) -> dict[str, Any]:
+        """The arguments for `rows` rows: what bloom adds to scores has a part for each row and head."""
+        alibi = self.arguments.get("alibi")
+        if alibi is None:
+            return self.arguments
+        return self.arguments | {"alibi": alibi.repeat(rows, *[1] * (alibi.dim() - 1))}
+
 
 class _StopError(Exception):
     pass
@@ -44,8 +51,12 @@ def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda 
     def forward(*positional: Any, **keywords: Any) -> Tensor:
         return result(positional[0] if positional else keywords["hidden_states"])
 
+    def forward_with_weights(*positional: Any, **keywords: Any) -> tuple[Tensor, None]:
+        return forward(*positional, **keywords), None
+
     for layer in layers:
-        layer.forward = forward
+        gives_weights = "output_attentions" in inspect.signature(type(layer).forward).parameters  # those of attention, in a tuple
+        layer.forward = forward_with_weights if gives_weights else forward
     try:
         yield
     finally:
@@ -137,7 +148,9 @@ def _moved(value: Any, device: torch.device) -> Any:
 def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
     tables = call.arguments.get("position_embeddings")
-    if tables is None or not _rotates(attention, family):
+    if hasattr(attention, "embed_positions"):  # its own table, of all positions
+        return int(attention.rotary_dim or attention.head_dim)
+    if tables is None or call.arguments.get("alibi") is not None or not _rotates(attention, family):
         return 0
     return int(tables[0].shape[-1]) * (2 if family.half_tables else 1)
 
@@ -160,21 +173,35 @@ def attending(attention: Any, family: Family, call: LayerCall, turned: int) -> A
             attention is more than causal.
         turned: how many numbers of a head rope turns, the first ones.
     """
-    position_ids = call.arguments["position_ids"]
-    tokens, device = position_ids.shape[-1], position_ids.device
-    mask = call.arguments.get("attention_mask")
+    mask, alibi = call.arguments.get("attention_mask"), call.arguments.get("alibi")
     if mask is None:
+        position_ids = call.arguments["position_ids"]
+        tokens, device = position_ids.shape[-1], position_ids.device
         visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     else:
+        device = mask.device
         visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+    bias = None
+    if mask is not None and mask.shape[1] > 1:  # falcon adds it to the mask
+        bias = mask[0].masked_fill(~visible, 0.0)
+    elif alibi is not None:
+        bias = alibi.view(-1, 1, alibi.shape[-1])
 
     softcap = attention.attn_logit_softcapping if family.model_type == "gemma2" else None
     sinks = attention.sinks.detach() if hasattr(attention, "sinks") else None
-    how = Attending(lambda x, _at: x, lambda x, _at: x, visible, float(attention.scaling), softcap, sinks)
+    how = Attending(lambda x, _at: x, lambda x, _at: x, visible, _scaling(attention), softcap, sinks, bias)
     if not turned:
         return how
-    cos, sin = call.arguments["position_embeddings"]
-    apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if hasattr(attention, "embed_positions"):
+        sin, cos = attention.embed_positions[call.arguments["position_ids"]].chunk(2, -1)
+    else:
+        cos, sin = call.arguments["position_embeddings"]
+
+    def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if hasattr(attention, "embed_positions"):
+            return rotary(x.transpose(1, 2), sin, cos).transpose(1, 2)
+        return rotary(x, x, cos, sin)[1]
 
     order = pair_order(turned, turned).to(device)
 
@@ -182,10 +209,17 @@ def attending(attention: Any, family: Family, call: LayerCall, turned: int) -> A
         first = x[..., :turned]
         if family.interleaved:
             first = first[..., order.argsort()]
-        moved = apply(first, first, cos[:, at], sign * sin[:, at])[1]
+        moved = apply(first, cos[:, at], sign * sin[:, at])
         return torch.cat([moved[..., order] if family.interleaved else moved, x[..., turned:]], -1)
 
     return replace(how, rotate=lambda x, at: turn(x, at, 1), unrotate=lambda x, at: turn(x, at, -1))
+
+
+def _scaling(attention: Any) -> float:
+    """What scores are multiplied by."""
+    if hasattr(attention, "scale_attn"):
+        return 1 / float(attention.scale_attn)
+    return float(attention.scaling if hasattr(attention, "scaling") else attention.inv_norm_factor)
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:
@@ -196,7 +230,7 @@ def batches(rows: Tensor) -> Iterator[Tensor]:
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """The hidden states behind a decoder layer, (rows, length, hidden) in and out."""
-    result = layer(hidden, **call.arguments)
+    result = layer(hidden, **call.of(len(hidden)))
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -211,7 +245,7 @@ def enters(layer: nn.Module, module: nn.Module, hidden: Tensor, call: LayerCall)
 
     handle = module.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        layer(hidden, **call.arguments)
+        layer(hidden, **call.of(len(hidden)))
     except _StopError:
         pass
     finally:

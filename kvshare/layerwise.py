@@ -113,6 +113,8 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
     for name, value in pack(weights, family).items():
         module, _, kind = name.rpartition(".")
         setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
+    if hasattr(attention, "num_kv_heads"):
+        attention.num_kv_heads = weights.kv_heads
     attention.num_key_value_groups = weights.query_heads // weights.kv_heads
     return changed
 
@@ -158,7 +160,7 @@ def merge_layers(
         merged, weights, report = layer, None, None
         if not sequential:
             hidden.copy_(source_hidden)
-        if kv_heads is not None and before is None:
+        if kv_heads and before is None:
             attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if corrects else None)
             view = _View(layer, family, call, hidden, wanted, device)
             weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)

@@ -209,7 +209,7 @@ def _merged_layers(
         """The weights of a layer that is done, from the output."""
         assert plan.layer_heads is not None
         heads = plan.layer_heads[layer]
-        if LAYER.format(layer) not in journal or heads is None:
+        if LAYER.format(layer) not in journal or not heads:
             return None
         return _stored_weights(folder, written, plan, layer).unrepeated(heads)
 
@@ -226,6 +226,10 @@ def _merged_layers(
     statistics = None if taken is None else open_statistics(taken, plan)
     for index in range(plan.layers):
         progress("merging layers", index, plan.layers)
+        if not plan.layer_heads[index]:
+            layer = None if skeleton is None else read_layer(skeleton, index, device)
+            yield MergedLayer(layer, layer, None, None)
+            continue
         weights, report = earlier(index), None
         if weights is None:
             turned = None if statistics is None else statistics.rotary_dims[index]
@@ -290,5 +294,5 @@ def _block(plan: Plan) -> dict[str, Any]:
 def _shared_layers(plan: Plan) -> dict[str, list[int]]:
     """Which layers share K and V, and how many heads each of them has; the weights may hold a head several times."""
     assert plan.layer_heads is not None
-    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
+    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads]
     return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}

@@ -41,7 +41,8 @@ class Attending:
 
     `rotate` and `unrotate` take (rows, heads, tokens, head_dim) and the positions of these tokens in the row: R_j x and R_j^T x.
     `visible` (tokens, tokens) is True where query i may read key j. `scaling` multiplies scores. `softcap` c makes c tanh(x / c)
-    of them; `sinks` (query heads) are scores of nothing beside the keys. None where the layer has none.
+    of them; `sinks` (query heads) are scores of nothing beside the keys; `bias` (query heads, 1 or i, j) is added to scores. None
+    where the layer has none.
     """
 
     rotate: Callable[[Tensor, Tensor], Tensor]
@@ -50,6 +51,7 @@ class Attending:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    bias: Tensor | None = None
 
     def weights(self, scores: Tensor, heads: slice) -> tuple[Tensor, Tensor | float]:
         """Attention weights of some query heads from scores (rows, queries, i, j), and the derivative of capped scores."""
@@ -57,6 +59,8 @@ class Attending:
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = capped * self.softcap, 1 - capped.square()
+        if self.bias is not None:
+            scores = scores + self.bias[heads].to(scores)
         scores = scores.masked_fill(~self.visible, -torch.inf)
         if self.sinks is None:
             return scores.softmax(-1), slope

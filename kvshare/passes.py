@@ -55,7 +55,7 @@ def attend_and_advance(
         other: hidden states of the other stream, same shape.
     """
     outputs: list[Tensor] = []
-    with _keeping(attention_of(layer, family), outputs):
+    with _keeping(_output(layer, family), outputs):
         others = [None] * len(hidden) if other is None else list(batches(other))
         for batch, given, drifted in zip(batches(hidden), batches(wanted), others, strict=False):
             behind = run_layer(layer, batch.to(device), call)
@@ -65,23 +65,28 @@ def attend_and_advance(
             batch.copy_(behind)
 
 
+def _output(layer: nn.Module, family: Family) -> nn.Module:
+    """What gives the output of attention: bloom's attention module adds what it is added to."""
+    return attention_of(layer, family).get_submodule(family.o)
+
+
 def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
     """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
     outputs: list[Tensor] = []
 
-    with _keeping(attention_of(layer, family), outputs):
+    with _keeping(_output(layer, family), outputs):
         behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
     return torch.cat(outputs), torch.cat(behind)
 
 
 @contextmanager
-def _keeping(attention: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
-    """Append to `outputs`, on the CPU, what an attention module gives."""
+def _keeping(module: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Append to `outputs`, on the CPU, what a module gives."""
 
     def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
-        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
+        outputs.append(result.cpu())
 
-    handle = attention.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvshare.errors import UnsupportedModelError, UsageError
 from kvshare.families import Family, family_of
+from kvshare.geometry import Geometry
 from kvshare.parsing import shown
 from kvshare.source import Source
 
@@ -50,13 +51,20 @@ def convertible_family(source: Source) -> Family:
     return family
 
 
-def require_exact(source: Source, family: Family, heads: int, source_heads: int, head_dim: int, hidden: int) -> None:
+def require_exact(source: Source, family: Family, geometry: Geometry, heads: int) -> None:
     """Refuse what has no exact form.
 
     Raises:
-        UnsupportedModelError: W_K is not square, or part of a fused tensor.
+        UnsupportedModelError: W_K is not square, or part of a fused tensor; or attention is written in a way of its own.
         UsageError: heads are to be merged.
     """
+    source_heads, head_dim, hidden = geometry.kv_heads, geometry.head_dim, geometry.hidden
+    if not family.exact_form or len(geometry.attention) < geometry.layers:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"the exact form does not know the attention of {family.model_type} models",
+            "use init svd, or learned",
+        )
     if family.fused:
         raise UnsupportedModelError(
             f"{source.name} has no exact form",

@@ -132,7 +132,7 @@ def verify_form(checkpoint: Path) -> int:
         raise BadCheckpointError(
             f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"
         )
-    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config), strict=True):
+    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config, geometry.kv_heads), strict=True):
         if block["form"] == "exact":
             continue
         key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))

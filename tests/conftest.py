@@ -67,7 +67,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
-    """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality."""
+    """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality. A field
+    that is `...` is left to the family.
+    """
     torch.manual_seed(7)
     shape = {
         "hidden_size": 64,
@@ -80,7 +82,7 @@ def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
     }
     settings = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
     settings |= fields if "n_embd" in fields else shape | fields
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = transformers.AutoConfig.for_model(model_type, **{name: value for name, value in settings.items() if value is not ...})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -112,6 +114,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FALCON = {"head_dim": ..., "num_key_value_heads": ...}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 # the other families of the registry: one small model each, with what is special about it, for the tests that walk them
 FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,6 +167,18 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", {}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": 4, "pad_token_id": None, "dropout": 0.0}),
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0}),
+    "falcon": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-one-head": ("falcon", FALCON | {"new_decoder_architecture": False, "multi_query": True}),
+    "falcon-alibi": (
+        "falcon",
+        FALCON | {"new_decoder_architecture": False, "multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},
+    ),
+    "bloom": ("bloom", {}),
+    "gptj": ("gptj", {"rotary_dim": 4, "n_inner": 48}),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
+    ),
 }
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
 SQUARE: dict[str, tuple[str, dict[str, Any]]] = {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT
+from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kvshare
 from kvshare.errors import UnsupportedModelError
+from kvshare.evaluation import cached_numbers
 from kvshare.families import FAMILIES, family_of
 from kvshare.layerwise import read_weights
 from kvshare.layout import pack
@@ -45,10 +47,6 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def cached_numbers(cache: Any) -> int:
-    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-
-
 @pytest.mark.parametrize("key", FAMILY_SOURCES)
 @torch.no_grad()
 def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, str], Path], key: str) -> None:
@@ -75,11 +73,12 @@ def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, st
     settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
     expected, given = native.generate(**inputs, **settings), shared.generate(**inputs, **settings)
     assert torch.equal(expected.sequences, given.sequences)
-    assert 2 * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+    parts = 2 * (2 if key == "falcon" else 1)  # natively, falcon caches each KV head once for every query head that it serves
+    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
 
     # and it can be healed
     family = family_of(shared.config.model_type)
-    assert len(_modules(shared, family, shared.config.kvshare["layers"], "k")) == 2
+    assert len(_modules(shared, family, shared.config.kvshare["layers"], "k")) == 2  # lfm2 has three layers
     trained = {name.rpartition(".")[2] for name in _lora_targets(shared, Recipe().heal, family.k, [])}
     assert trained & {"o_proj", "dense", "out_proj"}
 
@@ -94,7 +93,7 @@ def test_weights_are_read_and_written_without_loss(source_folder: Callable[[str]
         assert torch.equal(value.to(stored[name].dtype), stored[name]), name
 
 
-@pytest.mark.parametrize("key", ["phi3", "gemma2", "cohere2", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("key", ["phi3", "gemma2", "cohere2", "gpt_oss", "qwen3_moe", "falcon"])
 @torch.no_grad()
 def test_a_family_with_fewer_heads(
     once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str, key: str
@@ -105,11 +104,12 @@ def test_a_family_with_fewer_heads(
     ids = torch.arange(100, 140)[None]
     expected, given = native(ids), shared(ids)
     torch.testing.assert_close(given.logits, expected.logits, atol=1e-4, rtol=0)
-    assert 2 * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
-    assert shared.config.num_key_value_heads == 1
+    parts = 2 * (4 if key == "falcon" else 1)
+    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+    assert family_of(shared.config.model_type).kv_heads_of(shared.config.to_dict(), 4) == 1
 
 
-@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text", "opt", "gpt_neox"])
+@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text", "opt", "gpt_neox", "falcon", "gptj", "lfm2"])
 def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp_path: Path, key: str) -> None:
     kvshare.load(forms(key, "svd")).save_pretrained(tmp_path)
     before, after = (loaded(path).state_dict() for path in (forms(key, "svd"), tmp_path))
@@ -133,6 +133,27 @@ def test_experts_are_read_by_remote_code(
 def test_heads_that_are_normed_as_one_are_not_merged(source_folder: Callable[[str], Path]) -> None:
     with pytest.raises(kvshare.KVShareError, match="norms the keys of all heads as one"):
         kvshare.plan(source_folder("olmo2"), kv_heads=1)
+
+
+def test_layers_without_keys_and_values_stay_untouched(source_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = kvshare.plan(source_folder("lfm2"), heal=False)
+    assert plan.layer_heads == (0, 2, 2)
+    assert plan.reasons[0].startswith("layers 0 have no K and V and stay untouched")
+    assert not any(".layers.0." in tensor.name for tensor in plan.tensors if tensor.action == "merge")
+    assert plan.cache_bytes_per_token == 2 * 2 * 8 * 4
+    for settings in ({"cache_budget": 0.3}, {"init": "exact"}):
+        with pytest.raises(kvshare.KVShareError):
+            kvshare.plan(source_folder("lfm2"), heal=False, **settings)
+    shutil.copytree(source_folder("lfm2"), tmp_path / "none")
+    edit_json(tmp_path / "none" / "config.json", lambda config: config.update(layer_types=["conv"] * 3))
+    with pytest.raises(UnsupportedModelError, match="no layer with K and V"):
+        kvshare.plan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", ["falcon-one-head", "bloom", "gptj"])
+def test_heads_that_no_config_counts_are_not_merged(source_folder: Callable[[str], Path], key: str) -> None:
+    with pytest.raises(kvshare.KVShareError, match="take kv_heads all"):
+        kvshare.plan(source_folder(key), cache_budget=0.6)
 
 
 def test_what_is_cached_as_one_already_is_refused() -> None:

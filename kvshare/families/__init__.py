@@ -34,8 +34,10 @@ class Family:
     Where `q`, `k` and `v` are one name, they are rows of one tensor in this order; in `grouped_rows` families KV head by KV head,
     each with the rows of its query heads, its own of k and its own of v. `transposed` families store weights as (in, out), which is
     transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with a wide norm, heads
-    cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that some must have,
-    where they are present.
+    cannot be merged. It counts where the field `kv_heads_where` is true; where that is false, there is one KV head if
+    `multi_query` is true, and otherwise one per query head. `fields` are what older configs call a field, by its usual name, and
+    `only` the values that some must have, where they are present. `without` are the kinds of layers, as `layer_types` names them,
+    that have no K and V: they are left untouched. `exact_form` is false where the shared form writes attention out anew.
     """
 
     model_type: str
@@ -55,6 +57,9 @@ class Family:
     grouped_rows: bool = False
     transposed: bool = False
     kv_heads: str | None = "num_key_value_heads"
+    kv_heads_where: str | None = None
+    without: tuple[str, ...] = ()
+    exact_form: bool = True
     fields: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,31 +68,38 @@ class Family:
         """Whether one tensor holds q, k and v."""
         return self.k == self.v
 
-    @property
-    def merges_heads(self) -> bool:
-        """Whether a model may have fewer KV heads."""
-        return self.kv_heads is not None and not self.wide_norm
+    def merges_heads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config may have fewer KV heads."""
+        counts = self.kv_heads is not None and (self.kv_heads_where is None or bool(config.get(self.kv_heads_where)))
+        return counts and not self.wide_norm
 
-    def heads(self, config: Mapping[str, Any]) -> tuple[int, int]:
-        """Query heads and KV heads of a model, from its config."""
-        queries = int(config[self.field("num_attention_heads")])
-        return queries, int((config.get(self.kv_heads) if self.kv_heads else None) or queries)
+    def kv_heads_of(self, config: Mapping[str, Any], query_heads: int) -> Any:
+        """The KV heads of a model, from its config; whatever stands there, if it is no number."""
+        if self.kv_heads_where is not None and not config.get(self.kv_heads_where):
+            return 1 if config.get("multi_query", True) else query_heads
+        return (config.get(self.kv_heads) if self.kv_heads else None) or query_heads
+
+    def attends(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether a layer of a model has K and V."""
+        kinds = config.get("layer_types") if self.without else None
+        return not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in self.without
 
     @property
     def stack(self) -> str:
         """What the decoder calls the list of its layers."""
         return self.attention.partition(".{layer}")[0].rpartition(".")[2]
 
-    def field(self, name: str) -> str:
-        """What the config calls a field."""
-        return self.fields.get(name, name)
+    def field(self, name: str, config: Mapping[str, Any]) -> str:
+        """What this config calls a field."""
+        older = self.fields.get(name, name)
+        return older if older in config else name
 
     def located(self, tensors: Collection[str]) -> Family:
         """The family with the names that these tensors have: a base model's checkpoint lacks the first part of each."""
-        if self.weight(0, "k") in tensors:
-            return self
         bare = replace(self, attention=self.attention.partition(".")[2])
-        return bare if bare.weight(0, "k") in tensors else self
+        whole, rest = (family.attention.partition("{layer}")[0] for family in (self, bare))
+        found = any(name.startswith(whole) for name in tensors) or not any(name.startswith(rest) for name in tensors)
+        return self if found else bare
 
     def stored_shape(self, part: Part, shapes: Mapping[Part, tuple[int, int]], bias: bool = False) -> tuple[int, ...]:
         """The shape of the tensor that holds projection `part`, or its bias, from the (out, in) shapes of all projections."""
@@ -163,6 +175,40 @@ FAMILIES: dict[str, Family] = {
             kv_heads=None,
         ),
         Family("phi", o="dense", only={"qk_layernorm": False}),
+        Family(
+            "falcon",
+            attention="transformer.h.{layer}.self_attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads="num_kv_heads",
+            kv_heads_where="new_decoder_architecture",
+            fields={"hidden_size": "n_embed"},
+        ),
+        Family(
+            "bloom",
+            attention="transformer.h.{layer}.self_attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads=None,
+            fields={"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+            only={"slow_but_exact": False},
+        ),
+        Family(
+            "gptj",
+            attention="transformer.h.{layer}.attn",
+            o="out_proj",
+            interleaved=True,
+            exact_form=False,
+            kv_heads=None,
+            fields={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        ),
+        Family("lfm2", o="out_proj", query_norm="q_layernorm", key_norm="k_layernorm", without=("conv",)),
         Family(
             "gpt2",
             attention="transformer.h.{layer}.attn",

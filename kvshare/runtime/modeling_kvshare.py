@@ -38,6 +38,9 @@ Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once
 ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
 ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
+NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))  # what norms of queries and of keys are called
+DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
+ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
 HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
@@ -72,16 +75,36 @@ class RowsProjection(nn.Linear):
 
 
 class GroupedProjection(nn.Linear):
-    """query_key_value, whose rows stand by heads, three parts each; what comes of those of values equals what comes of keys'."""
+    """query_key_value, whose rows stand by KV heads: those of its query heads, of keys, of values. The last are not computed."""
 
     kvshare_width: int  # head_dim
+    kvshare_heads: int  # KV heads
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
-        query, shared, _ = nn.functional.linear(input, self.weight).unflatten(-1, (-1, 3, self.kvshare_width)).unbind(-2)
+        """(..., hidden) -> queries, and what keys and values have in common before biases: (..., query or kv heads * head_dim)."""
+        rows = self.weight.unflatten(0, (self.kvshare_heads, -1))[:, : -self.kvshare_width]  # (kv heads, rows of each, hidden)
+        flat = input.reshape(1, -1, input.shape[-1]).expand(self.kvshare_heads, -1, -1)
+        made = torch.bmm(flat, rows.transpose(1, 2)).transpose(0, 1)  # (tokens, kv heads, rows of each)
+        made = made.reshape(*input.shape[:-1], self.kvshare_heads, -1, self.kvshare_width)
+        query, shared = made[..., :-1, :], made[..., -1, :]
         if self.bias is not None:
-            query = query + self.bias.view(-1, 3, self.kvshare_width)[:, 0]
-        return query.flatten(-2), shared.flatten(-2)
+            query = query + self.parts(self.bias)[:, :-2]
+        return query.flatten(-3), shared.flatten(-2)
+
+    def parts(self, rows: Tensor) -> Tensor:
+        """(rows, ...) -> (kv heads, query heads of each + 2, head_dim, ...)."""
+        return rows.unflatten(0, (self.kvshare_heads, -1, self.kvshare_width))
+
+
+class RepeatedProjection(GroupedProjection):
+    """As `GroupedProjection`, for attention that takes rows apart itself: what is shared stands there twice, without biases."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., hidden) -> (..., rows)."""
+        query, shared = super().forward(input)
+        by_head = (self.kvshare_heads, -1, self.kvshare_width)
+        shared = shared.unflatten(-1, by_head)
+        return torch.cat([query.unflatten(-1, by_head), shared, shared], -2).flatten(-3)
 
 
 class ValueBias(nn.Module):
@@ -90,6 +113,14 @@ class ValueBias(nn.Module):
     def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()
         self.bias = bias
+
+
+def _bias(module: Any, like: Tensor) -> Any:
+    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there."""
+    bias = module.bias
+    if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
+        return bias
+    return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -124,6 +155,11 @@ def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
     """Rope on the first `width` numbers of each head; states (batch, heads, tokens, head_dim)."""
     turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
+
+
+def _norm_of(attention: Any, names: tuple[str, ...]) -> Any:
+    """The norm that an attention module has under one of these names; None where it has none."""
+    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)
 
 
 def _normed(norm: nn.Module, states: Tensor) -> Tensor:
@@ -290,6 +326,8 @@ def _arguments(attention: Any) -> dict[str, Any]:
 def _rotates(attention: Any, layer_type: str) -> bool:
     """Whether rope turns queries and keys of a layer."""
     config = attention.config
+    if getattr(config, "alibi", False):
+        return False
     if config.model_type in ROTATE_WINDOWS_ALONE:
         return config.sliding_window is None or layer_type == "sliding_attention"
     return bool(getattr(attention, "use_rope", True))
@@ -329,14 +367,16 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, shared = self.qkv_proj(hidden_states)
         elif hasattr(self, "query_key_value"):
             query, shared = self.query_key_value(hidden_states)
-            if self.query_key_value.bias is not None:
-                _, key_bias, value_bias = self.query_key_value.bias.view(-1, 3, self.head_dim).unbind(1)
+            bias = _bias(self.query_key_value, hidden_states)
+            if bias is not None:
+                key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
         else:
-            query, key_bias = self.q_proj(hidden_states), self.k_proj.bias
-            value_bias = self.v_proj.bias if hasattr(self, "v_proj") else None
+            query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
+            value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        if hasattr(self, "q_norm"):
-            query = _normed(self.q_norm, query)
+        query_norm, key_norm = (_norm_of(self, names) for names in NORMS)
+        if query_norm is not None:
+            query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
         if shared is None:
@@ -349,8 +389,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
             key = key + bias_of(self, key_bias)
-        if hasattr(self, "k_norm"):
-            key = _normed(self.k_norm, key)
+        if key_norm is not None:
+            key = _normed(key_norm, key)
         if not self.kvshare_exact:
             value = shared if value_bias is None else shared + bias_of(self, value_bias)
         elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
@@ -381,7 +421,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             key,
             value,
             attention_mask,
-            dropout=(self.attention_dropout if hasattr(self, "attention_dropout") else self.dropout) if self.training else 0.0,
+            dropout=next((getattr(self, name) for name in DROPOUTS if hasattr(self, name)), 0.0) if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=window if getattr(self, "is_sliding", True) else None,
             **_arguments(self),
@@ -411,7 +451,7 @@ def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
         key_position_embeddings: dict[str, Rotary] | None = None,
         **kwargs: Any,
     ) -> Any:
-        kind = getattr(_attention(self), "kvshare_layer_type", None)  # None in a layer that is not shared
+        kind = getattr(_attention(self), "kvshare_layer_type", None)  # None in a layer that is not shared, or has no attention
         if key_position_embeddings is not None and kind is not None:
             position_embeddings = (*position_embeddings, *key_position_embeddings[kind])
         return native.forward(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
@@ -437,7 +477,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
-        _, key_bias, value_bias = self.c_attn.bias.view(3, -1, 1, self.head_dim)
+        _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
         implementation = self.config._attn_implementation
@@ -448,6 +488,82 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
             dropout = self.attn_dropout.p if self.training else 0.0
             output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+class _View:
+    """What attention that computes all by itself is given in place of the cache: it takes in what keys and values share, which that
+    attention hands it as values, and gives keys and values back.
+    """
+
+    def __init__(self, attention: Any, cache: Any, tables: Rotary | None) -> None:
+        self.attention, self.cache, self.tables = attention, cache, tables
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
+        own, projection = self.attention, self.attention.query_key_value
+        repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
+        shared = value[:, ::repeat]
+        if self.cache is not None:
+            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+        key, value = shared, shared
+        bias = _bias(projection, shared)
+        if bias is not None:
+            biases = projection.parts(bias)[:: own.kvshare_repeat, -2:, None]  # (kv heads, 2, 1, head_dim)
+            key, value = shared + biases[:, 0], shared + biases[:, 1]
+        if self.tables is not None:
+            rotate = sys.modules[type(own).__mro__[1].__module__].apply_rotary_pos_emb
+            key = _rotated(rotate, key, self.tables, key.shape[-1])
+        return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+
+
+@functools.cache
+def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class with query_key_value whose own forward is right but for the cache (falcon, bloom)."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, layer_past: Any = None, position_embeddings: Any = None, **kwargs: Any
+    ) -> Any:
+        tables = None
+        if position_embeddings is not None:  # of cached keys and, behind them, of new tokens, where these are not the same
+            new = hidden_states.shape[1]
+            tables = tuple(table[:, :-new] if table.shape[1] > new else table for table in position_embeddings)
+            kwargs["position_embeddings"] = tuple(table[:, -new:] for table in position_embeddings)
+        view = _View(self, layer_past, tables if self.kvshare_rotates else None)
+        return native.forward(self, hidden_states, *args, layer_past=view, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+@functools.cache
+def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class that looks cos and sin up in a table of its own (gptj)."""
+    rotate = sys.modules[native.__module__].apply_rotary_pos_emb
+
+    def turned(self: Any, states: Tensor, positions: Tensor) -> Tensor:
+        """Rope on the first numbers of each head; states (batch, heads, tokens, head_dim)."""
+        width = self.rotary_dim or self.head_dim
+        tables = self.embed_positions.to(positions.device)[positions].to(states.dtype)  # (batch or 1, tokens, width)
+        first = rotate(states[..., :width].transpose(1, 2), *tables.chunk(2, -1)).transpose(1, 2)
+        return torch.cat([first, states[..., width:]], -1)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        layer_past: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, shared = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj))
+        slots = position_ids
+        if layer_past is not None:
+            slots = key_positions(layer_past, self.layer_idx, position_ids)
+            shared, _ = layer_past.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+        output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
+        return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -479,6 +595,31 @@ def _accept_empty(cache: Any) -> None:
                 return x if isinstance(x, Tensor) and not x.shape[-1] else dequantize(x)
 
             layer._quantize, layer._dequantize = store, read
+
+
+@functools.cache
+def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
+    new tokens, and makes one table of all.
+    """
+
+    def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            for layer in self.kvshare_kinds.values():
+                _refuse_values(past_key_values, layer)
+            _accept_empty(past_key_values)
+            if hasattr(self, "rotary_emb"):
+                given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+                if position_ids is None:
+                    position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
+                slots = key_positions(past_key_values, next(iter(self.kvshare_kinds.values()), 0), position_ids)
+                if slots is not position_ids:
+                    position_ids = torch.cat([slots, position_ids], 1)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        return native.forward(self, input_ids, past_key_values=past_key_values, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
 
 
 @functools.cache
@@ -554,7 +695,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
-            rows = _stored_heads(self) * attention.head_dim
+            rows = attention.kvshare_stored * attention.head_dim
             for name in (f"{prefix}.{tensor}" for tensor in ("k_proj.weight", "k_proj.bias", "v_proj.bias")):
                 if name in state and len(state[name]) < rows:
                     heads = state[name].unflatten(0, (-1, attention.head_dim))
@@ -563,10 +704,10 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
         for name, attention in _shared_attention(self):
             if (fused := f"{name}.query_key_value.weight") in state:
-                query, shared, _ = state[fused].unflatten(0, (-1, 3, attention.head_dim)).unbind(1)
-                state[fused] = torch.stack([query, shared, shared], 1).flatten(0, 2)
+                parts = attention.query_key_value.parts(state[fused])
+                state[fused] = torch.cat([parts[:, :-1], parts[:, -2:-1]], 1).flatten(0, 2)
             if (fused := f"{name}.qkv_proj.weight") in state:
-                rows = _stored_heads(self) * attention.head_dim
+                rows = attention.kvshare_stored * attention.head_dim
                 state[fused] = torch.cat([state[fused][:-rows], state[fused][-2 * rows : -rows]])
         for name in [name for name in state if name.endswith(".c_attn.weight")]:
             query, shared, _ = state[name].chunk(3, 1)
@@ -596,61 +737,78 @@ def _share(model: Any) -> None:
         raise ValueError(f"the kvshare block names the form {block.get('form')!r}; this file knows: {', '.join(FORMS)}")
     exact = block["form"] == "exact"
     decoder = model.get_decoder()
-    if hasattr(decoder, "h"):
-        for layer in block["layers"]:
-            fused = decoder.h[layer].attn
-            fused.c_attn.__class__ = FusedProjection
-            native_fused: Any = type(fused)
-            fused.__class__ = _fused_class(native_fused)
-        return
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    rope = getattr(decoder, "rotary_emb", None)
     kinds: dict[str, int] = {}
-    layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    stored = _stored_heads(model)
-    for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
-        attention = _attention(decoder.layers[layer])
+    layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    for layer, heads in zip(block["layers"], block.get("kv_heads") or [None] * len(block["layers"]), strict=True):
+        attention = _attention(layers[layer])
         if not hasattr(attention, "head_dim"):
             attention.head_dim = attention.head_size
-        attention.kvshare_exact, attention.kvshare_maps = exact, None
-        if hasattr(attention, "qkv_proj"):
-            attention.qkv_proj.__class__ = RowsProjection
-            attention.qkv_proj.kvshare_queries = model.config.num_attention_heads * attention.head_dim
-        elif hasattr(attention, "query_key_value"):
-            attention.query_key_value.__class__ = GroupedProjection
-            attention.query_key_value.kvshare_width = attention.head_dim
-        else:
-            if not exact:
-                value_bias = attention.v_proj.bias
-                del attention.v_proj
-                if value_bias is not None:
-                    attention.v_proj = ValueBias(value_bias)
-            attention.k_proj.__class__ = SharedProjection
+        attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         native: Any = type(attention)
-        attention.__class__ = _attention_class(native)
+        attention.kvshare_exact, attention.kvshare_maps = exact, None
         attention.kvshare_layer_type = layer_types[layer]
-        attention.kvshare_rotates = hasattr(decoder, "rotary_emb") and _rotates(attention, layer_types[layer])
-        attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
-        if stored != heads:
+        attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
+        attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
+        attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
+        if hasattr(attention, "num_key_value_groups"):
             attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
-    if not hasattr(decoder, "rotary_emb"):  # what the layers cache has no position
+    native_decoder: Any = type(decoder)
+    decoder.kvshare_kinds = kinds
+    if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
+        decoder.__class__ = _plain_decoder_class(native_decoder)
         return
-    for layer in decoder.layers:
+    for layer in layers:
         native_layer: Any = type(layer)
         layer.__class__ = _layer_class(native_layer)
-    native_decoder: Any = type(decoder)
     decoder.__class__ = _decoder_class(native_decoder)
-    decoder.kvshare_kinds = kinds
-    decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(decoder.rotary_emb).forward).parameters
+    decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(rope).forward).parameters
+
+
+def _share_projection(attention: Any, query_heads: int) -> Any:
+    """Have an attention module's projections compute once what K and V share; returns what makes its class that of the shared form.
+
+    Args:
+        attention: the module.
+        query_heads: how many its weights have.
+    """
+    if hasattr(attention, "c_attn"):
+        attention.c_attn.__class__ = FusedProjection
+        return _fused_class
+    if hasattr(attention, "qkv_proj"):
+        attention.qkv_proj.__class__ = RowsProjection
+        attention.qkv_proj.kvshare_queries = query_heads * attention.head_dim
+        return _attention_class
+    if hasattr(attention, "query_key_value"):
+        own = not hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
+        attention.query_key_value.__class__ = RepeatedProjection if own else GroupedProjection
+        attention.query_key_value.kvshare_width = attention.head_dim
+        attention.query_key_value.kvshare_heads = attention.kvshare_stored
+        return _viewing_class if own else _attention_class
+    if not attention.kvshare_exact:
+        value_bias = attention.v_proj.bias
+        del attention.v_proj
+        if value_bias is not None:
+            attention.v_proj = ValueBias(value_bias)
+    attention.k_proj.__class__ = SharedProjection
+    return _tabled_class if hasattr(attention, "embed_positions") else _attention_class
 
 
 def _attention(layer: Any) -> Any:
-    """The attention module of a decoder layer."""
-    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+    """The attention module of a decoder layer; None where it has none."""
+    return next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
 
 
-def _stored_heads(model: Any) -> int:
-    """How many KV heads the weights have."""
-    return int(getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads)
+def _stored_heads(attention: Any, query_heads: int) -> int:
+    """How many KV heads the weights of an attention module have as they are in the checkpoint."""
+    if hasattr(attention, "k_proj"):
+        return attention.k_proj.weight.shape[0] // attention.head_dim
+    if hasattr(attention, "c_attn"):
+        return query_heads
+    fused = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.query_key_value
+    return (fused.weight.shape[0] // attention.head_dim - query_heads) // 2
 
 
 def _shared_attention(model: Any) -> list[tuple[str, Any]]:
@@ -666,7 +824,7 @@ def _forget_repeats(model: Any) -> None:
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
-        rows = _stored_heads(model) * attention.head_dim
+        rows = attention.kvshare_stored * attention.head_dim
         whole = all(len(value) == rows for _, _, value in held)
         if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
             continue
