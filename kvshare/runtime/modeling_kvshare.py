@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import shutil
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +49,11 @@ HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for e
 class SharedProjection(nn.Linear):
     """k_proj without its bias: what keys and values have in common. Its bias stays a parameter and is added to keys."""
 
+    kvshare_biased = False  # whether it adds the bias all the same
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., hidden) -> (..., kv heads * head_dim)."""
-        return nn.functional.linear(input, self.weight)
+        return nn.functional.linear(input, self.weight, self.bias if self.kvshare_biased else None)
 
 
 class FusedProjection(Conv1D):
@@ -121,6 +125,18 @@ def _bias(module: Any, like: Tensor) -> Any:
     if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
         return bias
     return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
+
+
+def _project(projection: Any, hidden: Tensor) -> Tensor:
+    """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
+    base = getattr(projection, "base_layer", None)
+    if base is None or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
+        return projection(hidden)
+    base.kvshare_biased = True
+    try:
+        return projection(hidden) - base.bias
+    finally:
+        base.kvshare_biased = False
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -380,11 +396,15 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
         if shared is None:
-            shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
+            shared = _keys_to_cache(self, hidden_states) if rounds else _project(self.k_proj, hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
+        implementation = self.config._attn_implementation
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
+        elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
+            shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
+            implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
 
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
@@ -412,7 +432,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value is None:
             value = _values_from_keys(self, shared)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
         window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
         output, weights = attend(
@@ -568,6 +588,44 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
 
+def _pages(cache: Any, layer: int) -> Any:
+    """What allocates the pages of a layer in continuous batching, if they are to hold what keys and values share; else None."""
+    allocator = getattr(cache, "layer_to_allocator", {}).get(layer)
+    return allocator if getattr(allocator, "kvshare_shared", False) else None
+
+
+@torch.compiler.disable
+def _through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Write new tokens into pages, and read the slots of all requests, one after the other.
+
+    Args:
+        shared: of the new tokens of all requests, (1, kv heads, new tokens, head_dim).
+        layer: its index.
+        kwargs: what continuous batching hands to attention.
+
+    Returns:
+        (1, kv heads, slots, head_dim), and what is left to hand to an attention function that knows of no pages.
+    """
+    allocator = _pages(kwargs["cache"], layer)
+    places = (kwargs[name][allocator.index] for name in ("read_index", "write_index"))
+    rows = allocator.update_shared(shared[0].transpose(0, 1), layer, *places)
+    left = {name: value for name, value in kwargs.items() if name not in ("cache", "read_index", "write_index", "block_table")}
+    lengths = {name: kwargs[name][allocator.layer_type] for name in ("cu_seq_lens_k", "max_length_k")}
+    return rows.transpose(0, 1)[None], left | lengths
+
+
+def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
+    """The position of every slot that attention reads from pages, (1, slots); of new tokens alone, where no others are read."""
+    allocator = _pages(cache, layer)
+    slots = 0 if allocator is None else kwargs["read_index"][allocator.index].numel()
+    if not slots:
+        return position_ids
+    ends = kwargs["cu_seq_lens_k"][allocator.layer_type].long()  # 0, and where each request ends
+    steps = torch.arange(slots, device=position_ids.device)
+    request = torch.searchsorted(ends[1:], steps, right=True).clamp(max=len(ends) - 2)
+    return (steps - ends[request])[None]
+
+
 def _refuse_values(cache: Any, layer: int) -> None:
     """Refuse a cache that holds values of its own in a layer that is shared."""
     held = cache.layers[layer] if layer < len(cache.layers) else None
@@ -645,6 +703,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        positions: dict[str, Any] = {}
         if past_key_values is not None:
             for layer in self.kvshare_kinds.values():
                 _refuse_values(past_key_values, layer)
@@ -653,11 +712,14 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
-            if any(slots is not position_ids for slots in positions.values()):
-                kwargs["key_position_embeddings"] = {
-                    kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
-                    for kind, slots in positions.items()
-                }
+        elif kwargs.get("cache") is not None:
+            pages = kwargs["cache"]
+            positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
+        if any(slots is not position_ids for slots in positions.values()):
+            kwargs["key_position_embeddings"] = {
+                kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
+                for kind, slots in positions.items()
+            }
         return native.forward(
             self,
             attention_mask=attention_mask,
@@ -692,7 +754,11 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return loaded
 
     def save_pretrained(self: Any, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
+        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names; and this
+        file, which its config names.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
             rows = attention.kvshare_stored * attention.head_dim
