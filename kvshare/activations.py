@@ -145,7 +145,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
+def rotary_dim(attention: Any, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
     tables = call.arguments.get("position_embeddings")
     if hasattr(attention, "embed_positions"):  # its own table, of all positions
@@ -163,23 +163,22 @@ def _rotates(attention: Any, family: Family) -> bool:
     return family.rotates is None or bool(getattr(attention, family.rotates))
 
 
-def attending(attention: Any, family: Family, call: LayerCall, turned: int) -> Attending:
+def attending(attention: Any, family: Family, call: LayerCall, turned: int, inputs: Tensor) -> Attending:
     """How an attention module attends in `call`, which is that of a row without padding.
 
     Args:
         attention: its module in transformers has `apply_rotary_pos_emb`, if rope turns any numbers.
         family: of the layer.
-        call: holds `position_ids` (1, tokens), `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if
-            attention is more than causal.
+        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), or `position_ids` (1, tokens) where attention has
+            a table of its own; and the mask, if attention is more than causal.
         turned: how many numbers of a head rope turns, the first ones.
+        inputs: hidden states (..., tokens, hidden), on the device where attention is computed.
     """
     mask, alibi = call.arguments.get("attention_mask"), call.arguments.get("alibi")
+    tokens, device = inputs.shape[-2], inputs.device
     if mask is None:
-        position_ids = call.arguments["position_ids"]
-        tokens, device = position_ids.shape[-1], position_ids.device
         visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     else:
-        device = mask.device
         visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
     bias = None
     if mask is not None and mask.shape[1] > 1:  # falcon adds it to the mask

@@ -77,7 +77,7 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
             raise BadCheckpointError(
                 f"config.json of {model} holds NaN or infinity", f"it stands in {key}", "download the model again"
             )
-    attention = range(layers)  # not a list: the config may claim any number
+    attention: Sequence[int] = range(layers)  # not a list: the config may claim any number
     if family.without:
         attention = [layer for layer in attention if family.attends(config, layer)]
         if not attention:

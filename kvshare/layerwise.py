@@ -325,9 +325,9 @@ def _share(hidden: Tensor) -> int:
 def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
     attention = attention_of(view.layer, view.family)
     sums = MomentSums(weights, grouping, weighting)
-    how = attending(attention, view.family, view.call, weights.rotated)
     for batch in batches(view.hidden):
-        sums.add(enters(view.layer, attention, batch.to(view.device), view.call), how)
+        inputs = enters(view.layer, attention, batch.to(view.device), view.call)
+        sums.add(inputs, attending(attention, view.family, view.call, weights.rotated, inputs))
     return sums.moments()
 
 

@@ -21,7 +21,7 @@ from transformers.generation.continuous_batching.cache_allocators import FULL_AT
 from kvshare.errors import UnsupportedModelError
 
 
-class SharedAllocator(FullAttentionCacheAllocator):  # type: ignore[misc]
+class SharedAllocator(FullAttentionCacheAllocator):
     """Pages of full attention with one row per token and layer; `kvshare_shared` tells the shared form that it may fill them."""
 
     rows_per_token = 1

@@ -152,6 +152,13 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_multiplier": 0.2, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     ),
     "granitemoe": ("granitemoe", EXPERTS | {"residual_multiplier": 0.4, "attention_multiplier": 0.3}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        EXPERTS
+        | {"layer_types": ["linear_attention", "full_attention", "full_attention"], "num_hidden_layers": 3}
+        | {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16, "shared_intermediate_size": 32}
+        | {"residual_multiplier": 0.4, "attention_multiplier": 0.3},
+    ),
     "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True, "use_parallel_residual": True}),
     "starcoder2": ("starcoder2", {"sliding_window": 12}),
     "gpt_oss": ("gpt_oss", WINDOWS | EXPERTS | {"attention_bias": True}),

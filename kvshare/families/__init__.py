@@ -81,8 +81,10 @@ class Family:
 
     def attends(self, config: Mapping[str, Any], layer: int) -> bool:
         """Whether a layer of a model has K and V."""
-        kinds = config.get("layer_types") if self.without else None
-        return not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in self.without
+        kinds, attending = config.get("layer_types"), config.get("full_attn_idxs")
+        if self.without and kinds is None and isinstance(attending, list):  # as older configs say it
+            return layer in attending
+        return not self.without or not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in self.without
 
     @property
     def stack(self) -> str:
@@ -149,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         Family("olmoe", query_norm="q_norm", key_norm="k_norm", wide_norm=True),
         Family("granite"),
         Family("granitemoe"),
+        Family("granitemoehybrid", without=("mamba", "linear_attention")),
         Family("smollm3", rotates="use_rope"),
         Family("stablelm", only={"qk_layernorm": False}),
         Family("starcoder2"),

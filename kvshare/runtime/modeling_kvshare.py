@@ -594,7 +594,7 @@ def _pages(cache: Any, layer: int) -> Any:
     return allocator if getattr(allocator, "kvshare_shared", False) else None
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Write new tokens into pages, and read the slots of all requests, one after the other.
 
@@ -666,7 +666,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             for layer in self.kvshare_kinds.values():
                 _refuse_values(past_key_values, layer)
             _accept_empty(past_key_values)
-            if hasattr(self, "rotary_emb"):
+            if getattr(self, "rotary_emb", None) is not None:
                 given = kwargs["inputs_embeds"] if input_ids is None else input_ids
                 if position_ids is None:
                     position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
@@ -712,7 +712,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
-        elif kwargs.get("cache") is not None:
+        elif kwargs.get("cache") is not None and position_ids is not None:
             pages = kwargs["cache"]
             positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
         if any(slots is not position_ids for slots in positions.values()):
