@@ -249,7 +249,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     heads = source_heads if chosen is None else stored_heads(chosen, source_heads)
     if not family.merges_heads(config) and (heads != source_heads or recipe.cache_budget is not None):
         wanted = f"{heads} KV heads" if recipe.cache_budget is None else "a cache budget"
-        alone = "has no number of KV heads in its config: each query head has its own"
+        alone = "like this one has no number of KV heads in its config that could be another"
         raise UsageError(
             f"{source.name} cannot have {wanted}",
             f"a {family.model_type} model {'norms the keys of all heads as one' if family.wide_norm else alone}",
