@@ -68,10 +68,12 @@ def batched(model: Any) -> tuple[Any, int]:
     shared = type(model).__module__.endswith("modeling_kvshare")
     paged.PagedAttentionCache.__init__ = keep
     try:
-        with shared_pages() if shared else nullcontext():
+        with shared_pages(model) if shared else nullcontext():
             outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=settings, warmup=False)
     finally:
         paged.PagedAttentionCache.__init__ = begin
+    if len(outputs) < len(prompts):
+        raise ValueError("continuous batching of this family fails in transformers")
     pages = sum(allocator.bytes_per_block for allocator in made[0].cache_allocators.values())
     return [output.generated_tokens for output in outputs.values()], pages
 

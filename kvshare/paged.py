@@ -1,15 +1,15 @@
 """Continuous batching with pages that hold what keys and values share: half the bytes per token.
 
-In: nothing. Out: a context in which transformers' continuous batching makes such pages for models in the shared form.
+In: a model. Out: a context in which transformers' continuous batching makes such pages for it.
 Never: changes a model; outside the context, pages hold keys and values, which the shared form fills correctly, too.
 
-    with shared_pages():
+    with shared_pages(model):
         model.generate_batch(prompts, generation_config=...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,18 +27,7 @@ class SharedAllocator(FullAttentionCacheAllocator):
     rows_per_token = 1
     supports_block_table = False  # its kernel takes keys and values apart
     kvshare_shared = True
-
-    def __init__(self, *args: Any, config: Any, layer_indices: list[int], num_key_value_heads: int, **kwargs: Any) -> None:
-        block = getattr(config, "kvshare", None) or {"form": None, "layers": [], "kv_heads": []}
-        heads = dict(zip(block["layers"], block["kv_heads"], strict=True))
-        if block["form"] != "shared" or any(heads.get(layer) != num_key_value_heads for layer in layer_indices):
-            raise UnsupportedModelError(
-                "this model cannot have pages of what keys and values share",
-                f"not all of its layers share {num_key_value_heads} heads: pages are alike in all layers",
-                "generate without shared_pages(), which is correct and takes full-size pages",
-            )
-        self._rows: dict[int, Tensor] = {}
-        super().__init__(*args, config=config, layer_indices=layer_indices, num_key_value_heads=num_key_value_heads, **kwargs)
+    _rows: Mapping[int, Tensor] = {}  # by layer
 
     @classmethod
     def get_bytes_per_page(cls, num_key_value_heads: int, head_dim: int, cache_dtype: torch.dtype, page_size: int) -> int:
@@ -69,14 +58,34 @@ class SharedAllocator(FullAttentionCacheAllocator):
 
 
 @contextmanager
-def shared_pages() -> Iterator[None]:
-    """Within, continuous batching of models in the shared form keeps one tensor per token in layers of full attention.
+def shared_pages(model: Any) -> Iterator[None]:
+    """Within, continuous batching of this model keeps one tensor per token in layers of full attention.
 
-    Layers with a sliding window keep keys and values.
+    Layers with a sliding window keep keys and values. Other models are not to be batched meanwhile.
+
+    Args:
+        model: in the shared form.
 
     Raises:
-        UnsupportedModelError: when continuous batching starts, of a model whose layers do not all share as many heads.
+        UnsupportedModelError: it is not in the shared form, its attention is not computed by transformers' functions for pages, or
+            its layers do not all share as many heads as its config names.
     """
+    block, decoder = getattr(model.config, "kvshare", None), model.get_decoder()
+    why = None
+    if not block or block["form"] != "shared" or not hasattr(decoder, "kvshare_kinds"):
+        why = "it is not a model in the shared form"
+    elif not hasattr(decoder, "kvshare_tables_by_kind"):
+        why = f"the attention of {model.config.model_type} models knows of no pages, or has no rope"
+    elif {*zip(block["layers"], block["kv_heads"], strict=True)} != {
+        (layer, getattr(model.config, "num_key_value_heads", None)) for layer in range(model.config.num_hidden_layers)
+    }:
+        why = "its layers do not all share as many heads as its config names, and pages are alike in all layers"
+    if why is not None:
+        raise UnsupportedModelError(
+            "this model cannot have pages of what keys and values share",
+            why,
+            "generate without shared_pages, which takes pages of full size",
+        )
     before = paged.ATTN_TYPE_TO_ALLOCATOR
     paged.ATTN_TYPE_TO_ALLOCATOR = before | {FULL_ATTENTION: SharedAllocator}
     try:

@@ -66,12 +66,12 @@ def test_continuous_batching(folder: Callable[[str], Path], pages: list[Any], ke
     prompts = [list(range(100, 130)), list(range(200, 207)), list(range(300, 351))]
     config = GenerationConfig(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=-1)
     tokens = []
-    for load, context in ((native, nullcontext()), (kvshare.load, nullcontext()), (kvshare.load, shared_pages())):
+    for load, pages_for in ((native, nullcontext), (kvshare.load, nullcontext), (kvshare.load, shared_pages)):
         model = load(folder(key)).float()
         model.set_attn_implementation(attention)
         # requests are longer than a page, and than what a forward takes
         settings = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
-        with context:
+        with pages_for(model):
             outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=settings, warmup=False)
         tokens.append([output.generated_tokens for output in outputs.values()])
     assert tokens[0] == tokens[1] == tokens[2]
@@ -80,18 +80,16 @@ def test_continuous_batching(folder: Callable[[str], Path], pages: list[Any], ke
     assert sizes[2] == {kind: size // 2 if kind == "full_attention" else size for kind, size in sizes[0].items()}
 
 
-def test_pages_of_layers_that_differ_are_refused(mixed_folder: Callable[[str], Path]) -> None:
-    model = kvshare.load(mixed_folder("qwen3"))
-    with shared_pages(), pytest.raises(UnsupportedModelError, match="not all of its layers"):
-        paged.ATTN_TYPE_TO_ALLOCATOR["full_attention"](
-            index=0,
-            config=model.config,
-            num_key_value_heads=4,
-            layer_indices=[0, 1, 2, 3],
-            cache_dtype=torch.float32,
-            page_size=16,
-            allow_block_sharing=True,
-        )
+def test_models_without_shared_pages_are_refused(
+    mixed_folder: Callable[[str], Path], converted_folder: Callable[..., Path], folder: Callable[[str], Path]
+) -> None:
+    for model, why in (
+        (kvshare.load(mixed_folder("qwen3")), "do not all share"),
+        (kvshare.load(converted_folder("gpt2")), "gpt2 models"),
+        (native(folder("biases")), "shared form"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=why), shared_pages(model):
+            pass
 
 
 class Stream:
