@@ -68,7 +68,7 @@ def shared_pages(model: Any) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: it is not in the shared form, its attention is not computed by transformers' functions for pages, or
-            its layers do not all share as many heads as its config names.
+            not rightly, or its layers do not all share as many heads as its config names.
     """
     block, decoder = getattr(model.config, "kvshare", None), model.get_decoder()
     why = None
@@ -80,6 +80,8 @@ def shared_pages(model: Any) -> Iterator[None]:
         (layer, getattr(model.config, "num_key_value_heads", None)) for layer in range(model.config.num_hidden_layers)
     }:
         why = "its layers do not all share as many heads as its config names, and pages are alike in all layers"
+    elif getattr(model.config, "attn_logit_softcapping", None) is not None:
+        why = "transformers' continuous batching leaves out its softcap: with any pages, it computes another function"
     if why is not None:
         raise UnsupportedModelError(
             "this model cannot have pages of what keys and values share",

@@ -128,6 +128,8 @@ def verify_form(checkpoint: Path) -> int:
     require_attention(specs, family, geometry, str(checkpoint))
     if block["layers"] and block["layers"][-1] >= geometry.layers:
         raise _unusable(checkpoint, f"it names layer {block['layers'][-1]}, and there are {geometry.layers}")
+    if not all(layer in geometry.attention for layer in block["layers"]):
+        raise _unusable(checkpoint, f"its layers {shown(block['layers'])} have K and V in part only")
     if block["form"] == "exact" and geometry.kv_heads * geometry.head_dim != geometry.hidden:
         raise BadCheckpointError(
             f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"

@@ -135,15 +135,23 @@ def test_heads_that_are_normed_as_one_are_not_merged(source_folder: Callable[[st
         kvshare.plan(source_folder("olmo2"), kv_heads=1)
 
 
-def test_layers_without_keys_and_values_stay_untouched(source_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_layers_without_keys_and_values_stay_untouched(
+    source_folder: Callable[[str], Path], forms: Callable[[str, str], Path], text_file: str, tmp_path: Path
+) -> None:
     plan = kvshare.plan(source_folder("lfm2"), heal=False)
     assert plan.layer_heads == (0, 2, 2)
     assert plan.reasons[0].startswith("layers 0 have no K and V and stay untouched")
     assert not any(".layers.0." in tensor.name for tensor in plan.tensors if tensor.action == "merge")
     assert plan.cache_bytes_per_token == 2 * 2 * 8 * 4
+    found = kvshare.inspect(source_folder("lfm2"), tmp_path / "seen", data=text_file, tokens=512)
+    assert [layer.refused for layer in found.layers] == ["it has no K and V", None, None]
     for settings in ({"cache_budget": 0.3}, {"init": "exact"}):
         with pytest.raises(kvshare.KVShareError):
             kvshare.plan(source_folder("lfm2"), heal=False, **settings)
+    shutil.copytree(forms("lfm2", "mean"), tmp_path / "damaged")
+    edit_json(tmp_path / "damaged" / "config.json", lambda config: config["kvshare"].update(layers=[0, 1]))
+    with pytest.raises(kvshare.KVShareError, match="K and V in part only"):
+        kvshare.load(tmp_path / "damaged")
     shutil.copytree(source_folder("lfm2"), tmp_path / "none")
     edit_json(tmp_path / "none" / "config.json", lambda config: config.update(layer_types=["conv"] * 3))
     with pytest.raises(UnsupportedModelError, match="no layer with K and V"):
