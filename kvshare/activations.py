@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare.families import Family
+from kvshare.layout import pair_order
 from kvshare.memory import BATCH_TOKENS, IN_MEMORY
 from kvshare.moments import Attending
 
@@ -30,6 +31,13 @@ class LayerCall:
     """How a decoder layer is called, apart from its hidden states; the same for every batch of equally long rows."""
 
     arguments: dict[str, Any]
+
+    def of(self, rows: int) -> dict[str, Any]:
+        """The arguments for `rows` rows: what bloom adds to scores has a part for each row and head."""
+        alibi = self.arguments.get("alibi")
+        if alibi is None:
+            return self.arguments
+        return self.arguments | {"alibi": alibi.repeat(rows, *[1] * (alibi.dim() - 1))}
 
 
 class _StopError(Exception):
@@ -43,8 +51,12 @@ def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda 
     def forward(*positional: Any, **keywords: Any) -> Tensor:
         return result(positional[0] if positional else keywords["hidden_states"])
 
+    def forward_with_weights(*positional: Any, **keywords: Any) -> tuple[Tensor, None]:
+        return forward(*positional, **keywords), None
+
     for layer in layers:
-        layer.forward = forward
+        gives_weights = "output_attentions" in inspect.signature(type(layer).forward).parameters  # those of attention, in a tuple
+        layer.forward = forward_with_weights if gives_weights else forward
     try:
         yield
     finally:
@@ -133,42 +145,80 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def rotary_dim(attention: nn.Module, family: Family, call: LayerCall) -> int:
+def rotary_dim(attention: Any, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
     tables = call.arguments.get("position_embeddings")
-    if tables is None or (family.rotates is not None and not getattr(attention, family.rotates)):
+    if hasattr(attention, "embed_positions"):  # its own table, of all positions
+        return int(attention.rotary_dim or attention.head_dim)
+    if tables is None or call.arguments.get("alibi") is not None or not _rotates(attention, family):
         return 0
-    return int(tables[0].shape[-1])
+    return int(tables[0].shape[-1]) * (2 if family.half_tables else 1)
 
 
-def attending(attention: nn.Module, call: LayerCall, turned: int) -> Attending:
+def _rotates(attention: Any, family: Family) -> bool:
+    """Whether rope turns the keys of this layer."""
+    if family.rotates == "windows":
+        config = attention.config
+        return config.sliding_window is None or config.layer_types[attention.layer_idx] == "sliding_attention"
+    return family.rotates is None or bool(getattr(attention, family.rotates))
+
+
+def attending(attention: Any, family: Family, call: LayerCall, turned: int, inputs: Tensor) -> Attending:
     """How an attention module attends in `call`, which is that of a row without padding.
 
     Args:
-        attention: of a family whose module has `apply_rotary_pos_emb`, if rope turns any numbers.
-        call: holds `position_ids` (1, tokens), `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if
-            attention is more than causal.
+        attention: its module in transformers has `apply_rotary_pos_emb`, if rope turns any numbers.
+        family: of the layer.
+        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), or `position_ids` (1, tokens) where attention has
+            a table of its own; and the mask, if attention is more than causal.
         turned: how many numbers of a head rope turns, the first ones.
+        inputs: hidden states (..., tokens, hidden), on the device where attention is computed.
     """
-    position_ids = call.arguments["position_ids"]
-    tokens, device = position_ids.shape[-1], position_ids.device
-    mask = call.arguments.get("attention_mask")
+    mask, alibi = call.arguments.get("attention_mask"), call.arguments.get("alibi")
+    tokens, device = inputs.shape[-2], inputs.device
     if mask is None:
         visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     else:
         visible = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+    bias = None
+    if mask is not None and mask.shape[1] > 1:  # falcon adds it to the mask
+        bias = mask[0].masked_fill(~visible, 0.0)
+    elif alibi is not None:
+        bias = alibi.view(-1, 1, alibi.shape[-1])
 
-    scaling: Any = attention.scaling
+    softcap = attention.attn_logit_softcapping if family.model_type == "gemma2" else None
+    sinks = attention.sinks.detach() if hasattr(attention, "sinks") else None
+    how = Attending(lambda x, _at: x, lambda x, _at: x, visible, _scaling(attention), softcap, sinks, bias)
     if not turned:
-        return Attending(lambda x, _at: x, lambda x, _at: x, visible, float(scaling))
-    cos, sin = call.arguments["position_embeddings"]
-    apply: Callable[..., tuple[Tensor, Tensor]] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        return how
+    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    if hasattr(attention, "embed_positions"):
+        sin, cos = attention.embed_positions[call.arguments["position_ids"]].chunk(2, -1)
+    else:
+        cos, sin = call.arguments["position_embeddings"]
+
+    def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if hasattr(attention, "embed_positions"):
+            return rotary(x.transpose(1, 2), sin, cos).transpose(1, 2)
+        return rotary(x, x, cos, sin)[1]
+
+    order = pair_order(turned, turned).to(device)
 
     def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
-        moved = apply(x[..., :turned], x[..., :turned], cos[:, at], sign * sin[:, at])[1]
-        return torch.cat([moved, x[..., turned:]], -1)
+        first = x[..., :turned]
+        if family.interleaved:
+            first = first[..., order.argsort()]
+        moved = apply(first, cos[:, at], sign * sin[:, at])
+        return torch.cat([moved[..., order] if family.interleaved else moved, x[..., turned:]], -1)
 
-    return Attending(lambda x, at: turn(x, at, 1), lambda x, at: turn(x, at, -1), visible, float(scaling))
+    return replace(how, rotate=lambda x, at: turn(x, at, 1), unrotate=lambda x, at: turn(x, at, -1))
+
+
+def _scaling(attention: Any) -> float:
+    """What scores are multiplied by."""
+    if hasattr(attention, "scale_attn"):
+        return 1 / float(attention.scale_attn)
+    return float(attention.scaling if hasattr(attention, "scaling") else attention.inv_norm_factor)
 
 
 def batches(rows: Tensor) -> Iterator[Tensor]:
@@ -179,7 +229,7 @@ def batches(rows: Tensor) -> Iterator[Tensor]:
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
     """The hidden states behind a decoder layer, (rows, length, hidden) in and out."""
-    result = layer(hidden, **call.arguments)
+    result = layer(hidden, **call.of(len(hidden)))
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -194,7 +244,7 @@ def enters(layer: nn.Module, module: nn.Module, hidden: Tensor, call: LayerCall)
 
     handle = module.register_forward_pre_hook(catch, with_kwargs=True)
     try:
-        layer(hidden, **call.arguments)
+        layer(hidden, **call.of(len(hidden)))
     except _StopError:
         pass
     finally:

@@ -14,7 +14,7 @@ from kvshare.errors import UsageError
 
 UNTOUCHED = "untouched"  # what a layer without shared heads is called
 LayerHeads = tuple[int | None, ...]
-"""Per layer: how many heads its shared projection has, or None where K and V stay as they are."""
+"""Per layer: how many heads its shared projection has, None where K and V stay as they are, 0 where there are none."""
 
 
 def divisors(heads: int) -> tuple[int, ...]:
@@ -29,7 +29,7 @@ def head_units(chosen: LayerHeads, source_heads: int) -> int:
 
 def stored_heads(chosen: LayerHeads, source_heads: int) -> int:
     """The KV heads of the native form: of one model all layers have equally many, so those with fewer repeat them."""
-    return math.lcm(*(heads or source_heads for heads in chosen))
+    return math.lcm(*(source_heads if heads is None else heads for heads in chosen if heads != 0))
 
 
 def budget_units(budget: float, layers: int, source_heads: int) -> int:
@@ -138,7 +138,13 @@ def form_reasons(budget: float | None, chosen: LayerHeads | None, layers: int, s
             f"per-layer head counts are not native to this architecture: a layer of fewer heads is stored with its heads repeated, "
             f"stock transformers caches up to {source_heads} heads there and K and V apart, kvshare's runtime only what is chosen",
         ]
-    shared = [count for count in chosen if count is not None]
+    without = [str(layer) for layer, count in enumerate(chosen) if count == 0]
+    shared, layers = [count for count in chosen if count], layers - len(without)
+    if without:
+        return [
+            f"layers {', '.join(without)} have no K and V and stay untouched; in the other {layers} these become one projection: "
+            f"the cache keeps one tensor of {heads} heads instead of two of {source_heads}"
+        ]
     if len(shared) == layers and len(set(shared)) == 1:
         return [
             f"K and V become one projection in all {layers} layers: the cache keeps one tensor of {heads} heads "

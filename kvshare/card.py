@@ -140,7 +140,7 @@ def _form(config: dict[str, Any]) -> str:
     block = config["kvshare"]
     layers, source_heads = block["layers"], block["source"]["num_key_value_heads"]
     stored = config.get("num_key_value_heads", source_heads)
-    every = config[family_of(config["model_type"]).field("num_hidden_layers")]
+    every = config[family_of(config["model_type"]).field("num_hidden_layers", config)]
     heads = block.get("kv_heads", [stored] * len(layers))
     if len(layers) == every and set(heads) == {stored}:
         return f"K and V are one projection, {source_heads} KV heads became {stored}"

@@ -369,4 +369,4 @@ def cache_numbers_per_token(model: Any, prompt: Tensor) -> float:
 
 def cached_numbers(cache: Any) -> int:
     """How many numbers the tensors of a transformers cache hold, keys and values of all layers."""
-    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers if getattr(layer, "keys", None) is not None)

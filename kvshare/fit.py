@@ -6,9 +6,10 @@ Never: touches other layers, the MLP or norms outside attention; holds more than
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +80,15 @@ def fit_layer(
     per_step = max(1, min(trained_rows, settings.batch_tokens // inputs.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    arguments = {name: value for name, value in call.arguments.items() if name != "past_key_values"}
+    given = {name: value for name, value in call.arguments.items() if name not in ("past_key_values", "layer_past")}
+    if "residual" in inspect.signature(attention.forward).parameters:  # bloom's attention adds it to its output
+        given["residual"] = 0.0
 
     def missed(rows: Tensor) -> Tensor:
         """E|y - y_shared|^2 / E|y|^2 over some rows."""
         current = {field: value * scales[field] for field, value in free.items()}
         parameters = pack(weights.with_tensors(current | {"v": current["k"]}), family)
+        arguments = replace(call, arguments=given).of(len(rows))
         result = functional_call(attention, parameters, (), {"hidden_states": inputs[rows], **arguments})
         return (result[0] - wanted[rows]).square().sum() / wanted[rows].square().sum().clamp_min(1e-30)
 

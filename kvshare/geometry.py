@@ -7,7 +7,7 @@ Never: reads weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,16 @@ SHARED: tuple[Part, Part] = ("k", "v")
 
 @dataclass(frozen=True)
 class Geometry:
-    """The counts and widths that the shapes of all projections follow from; `hidden` is hidden_size."""
+    """The counts and widths that the shapes of all projections follow from; `hidden` is hidden_size. `attention` are the layers
+    that have K and V, of all `layers`.
+    """
 
     layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
     hidden: int
+    attention: Sequence[int]
 
     @property
     def shapes(self) -> dict[Part, tuple[int, int]]:
@@ -50,9 +53,10 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
 
     Raises:
         BadCheckpointError: a field that is missing, no whole number or contradicts others; NaN or infinity in any field.
+        UnsupportedModelError: no layer has K and V.
     """
     values = []
-    for key in map(family.field, ("num_hidden_layers", "num_attention_heads", "hidden_size")):
+    for key in (family.field(name, config) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
         value = config.get(key)
         if type(value) is not int or value < 1:
             raise BadCheckpointError(
@@ -60,7 +64,7 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
             )
         values.append(value)
     layers, query_heads, hidden = values
-    kv_heads = (config.get(family.kv_heads) if family.kv_heads else None) or query_heads
+    kv_heads = family.kv_heads_of(config, query_heads)
     head_dim = config.get("head_dim") or hidden // query_heads
     if not (type(kv_heads) is type(head_dim) is int) or min(kv_heads, head_dim) < 1 or query_heads % kv_heads or head_dim % 2:
         raise BadCheckpointError(
@@ -73,7 +77,16 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
             raise BadCheckpointError(
                 f"config.json of {model} holds NaN or infinity", f"it stands in {key}", "download the model again"
             )
-    return Geometry(layers, query_heads, kv_heads, head_dim, hidden)
+    attention: Sequence[int] = range(layers)  # not a list: the config may claim any number
+    if family.without:
+        attention = [layer for layer in attention if family.attends(config, layer)]
+        if not attention:
+            raise UnsupportedModelError(
+                f"{model} has no layer with K and V",
+                f"all its layers are {' or '.join(family.without)} layers, which keep no keys and values of earlier tokens",
+                "use it as it is: there is nothing to share",
+            )
+    return Geometry(layers, query_heads, kv_heads, head_dim, hidden, attention)
 
 
 def _finite(value: Any) -> bool:
@@ -83,13 +96,13 @@ def _finite(value: Any) -> bool:
 
 
 def require_attention(tensors: Mapping[str, TensorSpec], family: Family, geometry: Geometry, model: str) -> None:
-    """Check that the projections of every layer are there, as large as the geometry says, in floating-point numbers.
+    """Check that the projections of every layer with K and V are there, as large as the geometry says, in floating-point numbers.
 
     Raises:
         BadCheckpointError: a tensor is missing or has another shape, or K and V have different dtypes.
         UnsupportedModelError: it holds other numbers.
     """
-    for layer in range(geometry.layers):  # ends at the first that is missing, however many the config claims
+    for layer in geometry.attention:  # ends at the first that is missing, however many the config claims
         for part in PARTS:
             require_tensor(tensors, family.weight(layer, part), family.stored_shape(part, geometry.shapes), model)
         key, value = (tensors[family.weight(layer, part)] for part in SHARED)

@@ -325,11 +325,12 @@ def write_healed(
     # a base model's checkpoint lacks the first part of each name
     bare = f"{student.base_model_prefix}."
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
-    if family.kv_heads is not None:
-        geometry = geometry_of(config, family, str(checkpoint))
+    geometry = geometry_of(config, family, str(checkpoint))
+    if family.kv_heads is not None and not family.fused:
         for name in [name for name in changed if f".{family.k}." in name]:
             changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
-    changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family).items()}
+    heads = (geometry.query_heads, geometry.kv_heads)
+    changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family, heads).items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
         if spec.name in changed:

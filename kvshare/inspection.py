@@ -23,7 +23,7 @@ from kvshare.loading import writer_of
 from kvshare.merge.regroup import layer_problems
 from kvshare.mixture import named
 from kvshare.page import render_page
-from kvshare.passes import attention_of, source_pass
+from kvshare.passes import attention_of, passed, source_pass
 from kvshare.planning import Plan, make_plan
 from kvshare.plots import draw, png, svg
 from kvshare.progress import Progress, silent
@@ -73,11 +73,11 @@ def inspect(
             source.commit,
             source.model_type,
             plan.source_kv_heads,
-            int(source.config[plan.family.field("num_attention_heads")]),
+            int(source.config[plan.family.field("num_attention_heads", source.config)]),
             plan.head_dim,
-            int(source.config[plan.family.field("hidden_size")]),
-            8 * ITEM_BYTES[source.tensors[plan.family.weight(0, "k")].dtype],
-            plan.family.kv_heads is not None,
+            int(source.config[plan.family.field("hidden_size", source.config)]),
+            8 * ITEM_BYTES[next(tensor.dtype for tensor in plan.tensors if tensor.action == "merge")],
+            plan.family.merges_heads(source.config),
             named(settings.data),
             rows.numel(),
             recipe.seed,
@@ -127,11 +127,15 @@ def inspect_layers(
         device: where one layer at a time is computed.
         progress: called on the way.
     """
-    options = divisors(plan.source_kv_heads) if plan.family.kv_heads else (plan.source_kv_heads,)
+    options = divisors(plan.source_kv_heads) if plan.family.merges_heads(plan.source.config) else (plan.source_kv_heads,)
     hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device)
     for index, call in enumerate(calls):
         progress("inspecting layers", index, len(calls))
         layer = read_layer(skeleton, index, device)
+        if not plan.family.attends(plan.source.config, index):
+            yield LayerFigures(index, 0, (), (), (), "it has no K and V")
+            hidden = passed(layer, hidden, call, device)
+            continue
         wanted, behind = source_pass(layer, plan.family, hidden, call, device)
         yield inspect_layer(layer, plan, call, index, hidden, wanted, options, device)
         hidden = behind

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kvshare.activations import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
-from kvshare.layout import pack, unpack
+from kvshare.layout import pack, paired, unpack
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
@@ -113,6 +113,8 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) ->
     for name, value in pack(weights, family).items():
         module, _, kind = name.rpartition(".")
         setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
+    if hasattr(attention, "num_kv_heads"):
+        attention.num_kv_heads = weights.kv_heads
     attention.num_key_value_groups = weights.query_heads // weights.kv_heads
     return changed
 
@@ -150,10 +152,10 @@ def merge_layers(
         each layer, with its new weights rounded as they will be stored, which is how later layers see them.
     """
     assert plan.layer_heads is not None
-    family, recipe, scratch = plan.family, plan.recipe, skeleton.scratch
+    family, recipe, scratch, sequential = plan.family, plan.recipe, skeleton.scratch, plan.recipe.merge.sequential
     source_hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device, scratch)
     hidden, wanted = room(source_hidden.shape, scratch).copy_(source_hidden), room(source_hidden.shape, scratch)
-    sequential = recipe.merge.sequential
+    corrects = sequential and not family.post_norm  # a norm lies between what attention gives and what it is added to
     for index, call in enumerate(calls):
         progress("merging layers", index, len(calls))
         layer = read_layer(skeleton, index, device)
@@ -161,8 +163,8 @@ def merge_layers(
         merged, weights, report = layer, None, None
         if not sequential:
             hidden.copy_(source_hidden)
-        if kv_heads is not None and before is None and own(index):
-            attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if sequential else None)
+        if kv_heads and before is None and own(index):
+            attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if corrects else None)
             view = _View(layer, family, call, hidden, wanted, device)
             weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
             weights = as_stored(weights, plan, index)
@@ -326,9 +328,9 @@ def _share(hidden: Tensor) -> int:
 def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
     attention = attention_of(view.layer, view.family)
     sums = MomentSums(weights, grouping, weighting)
-    how = attending(attention, view.call, weights.rotated)
     for batch in batches(view.hidden):
-        sums.add(enters(view.layer, attention, batch.to(view.device), view.call), how)
+        inputs = enters(view.layer, attention, batch.to(view.device), view.call)
+        sums.add(inputs, attending(attention, view.family, view.call, weights.rotated, inputs))
     return sums.moments()
 
 
@@ -372,7 +374,7 @@ def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, targets
         wanted = target.to(view.device)
         if output.bias is not None:
             wanted = wanted - output.bias.detach()
-        sums.add(enters(layer, output, batch.to(view.device), view.call), wanted)
+        sums.add(paired(enters(layer, output, batch.to(view.device), view.call), view.family, weights), wanted)
     return sums
 
 

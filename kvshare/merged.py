@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_merged(
         BadCheckpointError: NaN or infinity in what is read or made, or a file that ends too early.
     """
     writer = lay_out(folder, plan)
-    layers = [LAYER.format(layer) for layer, heads in enumerate(plan.layer_heads or ()) if heads is not None]
+    layers = [LAYER.format(layer) for layer, heads in enumerate(plan.layer_heads or ()) if heads]
     summed: set[str] = set()
     if all(layer in journal for layer in layers):
         rows = None  # all is merged: no text has to pass for that
@@ -261,7 +261,7 @@ def _merged_layers(
         """The weights of a layer that is done, from the output."""
         assert plan.layer_heads is not None
         heads = plan.layer_heads[layer]
-        if LAYER.format(layer) not in journal or heads is None:
+        if LAYER.format(layer) not in journal or not heads:
             return None
         return _stored_weights(folder, written, plan, layer).unrepeated(heads)
 
@@ -281,13 +281,17 @@ def _merged_layers(
         if own is not None and not own(index):
             yield MergedLayer(None, None, None, None)
             continue
+        if not plan.layer_heads[index]:
+            layer = None if skeleton is None else read_layer(skeleton, index, device)
+            yield MergedLayer(layer, layer, None, None)
+            continue
         weights, report = earlier(index), None
-        if weights is None and plan.layer_heads[index] is not None:
-            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index)
+        if weights is None:
+            turned = None if statistics is None else statistics.rotary_dims[index]
+            source = _stored_weights(plan.source.path, plan.source.tensors, plan, index, turned)
             if taken is None or statistics is None:
                 weights = merge_mean(source, plan.kv_heads)
             else:
-                source = replace(source, rotary_dim=statistics.rotary_dims[index])
                 moments = read_moments(taken, statistics, index, source)
                 try:
                     weights, report = merge_on_statistics(source, moments, plan.recipe.merge, index)
@@ -302,12 +306,13 @@ def _merged_layers(
             yield MergedLayer(None, None, weights, report)
             continue
         layer = read_layer(skeleton, index, device)
-        merged = layer if weights is None else with_weights(layer, plan.family, weights)
-        yield MergedLayer(layer, merged, weights, report)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, report)
     progress("merging layers", plan.layers, plan.layers)
 
 
-def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int) -> AttentionWeights:
+def _stored_weights(
+    folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, layer: int, rotary_dim: int | None = None
+) -> AttentionWeights:
     """The attention of one layer as it lies on the disk; what no merge touches is not read."""
     changes = {tensor.name for tensor in plan.tensors if tensor.action == "merge"}
     stored = {name: specs.get(plan.family.tensor(layer, name)) for name in names(plan.family)}
@@ -316,7 +321,7 @@ def _stored_weights(folder: Path, specs: Mapping[str, TensorSpec], plan: Plan, l
         for name, spec in stored.items()
         if spec is not None
     }
-    return unpack(tensors, plan.family, plan.head_dim)
+    return unpack(tensors, plan.family, plan.head_dim, rotary_dim)
 
 
 def _auto_map(plan: Plan) -> dict[str, str]:
@@ -343,5 +348,5 @@ def _block(plan: Plan) -> dict[str, Any]:
 def _shared_layers(plan: Plan) -> dict[str, list[int]]:
     """Which layers share K and V, and how many heads each of them has; the weights may hold a head several times."""
     assert plan.layer_heads is not None
-    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads is not None]
+    shared = [(layer, heads) for layer, heads in enumerate(plan.layer_heads) if heads]
     return {"layers": [layer for layer, _ in shared], "kv_heads": [heads for _, heads in shared]}

@@ -40,13 +40,32 @@ class Attending:
     """How a layer attends to rows of equal length.
 
     `rotate` and `unrotate` take (rows, heads, tokens, head_dim) and the positions of these tokens in the row: R_j x and R_j^T x.
-    `visible` (tokens, tokens) is True where query i may read key j. `scaling` multiplies scores.
+    `visible` (tokens, tokens) is True where query i may read key j. `scaling` multiplies scores. `softcap` c makes c tanh(x / c)
+    of them; `sinks` (query heads) are scores of nothing beside the keys; `bias` (query heads, 1 or i, j) is added to scores. None
+    where the layer has none.
     """
 
     rotate: Callable[[Tensor, Tensor], Tensor]
     unrotate: Callable[[Tensor, Tensor], Tensor]
     visible: Tensor
     scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+
+    def weights(self, scores: Tensor, heads: slice) -> tuple[Tensor, Tensor | float]:
+        """Attention weights of some query heads from scores (rows, queries, i, j), and the derivative of capped scores."""
+        slope: Tensor | float = 1.0
+        if self.softcap is not None:
+            capped = torch.tanh(scores / self.softcap)
+            scores, slope = capped * self.softcap, 1 - capped.square()
+        if self.bias is not None:
+            scores = scores + self.bias[heads].to(scores)
+        scores = scores.masked_fill(~self.visible, -torch.inf)
+        if self.sinks is None:
+            return scores.softmax(-1), slope
+        sinks = self.sinks[heads].to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1], slope
 
 
 def fits_apart(weights: AttentionWeights, heads: int) -> bool:
@@ -107,10 +126,11 @@ class MomentSums:
         queries = heads(w.q, w.q_bias)  # (rows, query heads, tokens, head_dim)
         relative = torch.ones_like(keys[..., 0])  # what an error of a key counts: norms ignore scale
         if w.key_norm is not None:
-            relative = keys.square().mean(-1).clamp_min(1e-12).reciprocal()
-            keys = keys * relative.sqrt()[..., None] * w.key_norm.to(inputs)
+            relative = _per_square(keys, w.key_norm)
+            keys = keys * relative.sqrt()[..., None] * w.key_norm.to(inputs).view(-1, 1, w.head_dim)
         if w.query_norm is not None:
-            queries = queries * queries.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() * w.query_norm.to(inputs)
+            size = _per_square(queries, w.query_norm).sqrt()[..., None]
+            queries = queries * size * w.query_norm.to(inputs).view(-1, 1, w.head_dim)
         if self.weighting == "attention":
             importance = self._add_attention(queries, keys, values, relative, bare, attending)
         else:
@@ -138,8 +158,8 @@ class MomentSums:
         for head in range(w.kv_heads):
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
-            attention = scores.masked_fill(~attending.visible, -torch.inf).softmax(-1)
-            costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None]
+            attention, slope = attending.weights(scores, own)
+            costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None] * slope**2
             scores = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
             importance[:, head] = (costs * scores).sum((1, 2))
             self._add_metric(queries[:, own], costs, head, attending)
@@ -207,8 +227,8 @@ class MomentSums:
         averaged = 1.0 if self.weighting == "projections" else ROPE_AVERAGE
         metric = (1 - averaged) * metric + averaged * _turned(metric, w.rotated)
         if w.key_norm is not None:
-            norm = w.key_norm.to(metric)
-            metric = norm[:, None] * metric * norm
+            norm = w.key_norm.to(metric).view(-1, 1, w.head_dim)  # of each head, or one for all
+            metric = norm.transpose(1, 2) * metric * norm
         out = w.o.double().view(len(w.o), w.kv_heads, -1, w.head_dim)  # (hidden, kv heads, queries per kv head, head_dim)
         value_metric = torch.einsum("ohqi,ohqj->hij", out, out)
         if self.weighting == "none":
@@ -233,6 +253,14 @@ class MomentSums:
                 block = second[place if len(second) > 1 else 0, start : start + width, start : start + width]
                 total = total + (metric[head] * block).sum()
         return total
+
+
+def _per_square(states: Tensor, norm: Tensor) -> Tensor:
+    """What an RMS norm multiplies squares by: states (rows, heads, tokens, head_dim) to (rows, heads, tokens)."""
+    squares = states.square().mean(-1)
+    if norm.numel() > states.shape[-1]:  # all heads are normed as one
+        squares = squares.mean(1, keepdim=True).expand_as(squares)
+    return squares.clamp_min(1e-12).reciprocal()
 
 
 def _turned(second: Tensor, rotary_dim: int) -> Tensor:

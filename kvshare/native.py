@@ -6,11 +6,13 @@ Never: reads weights, runs code that lies beside a model, lets a config choose c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
@@ -66,6 +68,43 @@ def _refused(file: Path, error: Exception) -> BadCheckpointError:
     return BadCheckpointError(f"transformers cannot use {file}", said, "correct it, or download the model again")
 
 
+def as_in_memory(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint as the model names and shapes them: experts are stored one by one and held as one tensor."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, Tensor] = {}
+    waiting: dict[str, WeightConverter] = {}
+    for stored in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(stored, renamings, converters)
+        if pattern is None:
+            found[name] = tensors[stored]
+            continue
+        converter = waiting.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+        converter.add_tensor(name, stored, pattern, tensors[stored])
+    for name, converter in waiting.items():
+        for target, value in converter.convert(name, model=model, config=model.config).items():
+            found[target] = value[0] if isinstance(value, list) else value
+    return found
+
+
+def _shapes_in_memory(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a checkpoint, those that the model holds otherwise as it holds them."""
+    known = {name for name, _ in model.named_parameters()}
+    known |= {name.removeprefix(f"{model.base_model_prefix}.") for name in known}
+    others = {
+        name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")
+        for name, spec in tensors.items()
+        if name not in known and spec.dtype in FLOATS
+    }
+    shapes = {name: spec.shape for name, spec in tensors.items()}
+    return shapes | {name: tuple(value.shape) for name, value in as_in_memory(model, others).items()}
+
+
 def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
     """The class that stock transformers loads a folder with, after all that it needs was found in the headers.
 
@@ -91,18 +130,23 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
     except Exception as error:  # of many kinds, all of them about what the config says
         raise _refused(folder / "config.json", error) from error
     missing = []
+    try:
+        stored = _shapes_in_memory(model, tensors)
+    except Exception as error:  # as above, about shapes
+        raise _refused(folder, error) from error
     for name, parameter in model.named_parameters():
         # a base model's checkpoint lacks the first part of the names of its decoder
-        spec = tensors.get(name) or tensors.get(name.removeprefix(f"{model.base_model_prefix}."))
-        if spec is None:
+        held = name if name in stored else name.removeprefix(f"{model.base_model_prefix}.")
+        spec = tensors.get(held)
+        if held not in stored:
             missing.append(name)
-        elif spec.shape != tuple(parameter.shape):
+        elif stored[held] != tuple(parameter.shape):
             raise BadCheckpointError(
-                f"the tensor {spec.name} of {folder} has the shape {list(spec.shape)}",
+                f"the tensor {held} of {folder} has the shape {list(stored[held])}",
                 f"by its config, {type(model).__name__} needs {list(parameter.shape)}",
                 "download or convert the model again",
             )
-        elif spec.dtype not in FLOATS:
+        elif spec is not None and spec.dtype not in FLOATS:
             raise UnsupportedModelError(
                 f"the tensor {spec.name} of {folder} is stored as {spec.dtype}",
                 f"kvshare reads {', '.join(FLOATS)}",

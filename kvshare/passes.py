@@ -49,39 +49,44 @@ def attend_and_advance(
         family: of the layer.
         hidden: hidden states (rows, length, hidden) on the CPU.
         wanted: gets the attention outputs, same shape; where there is another stream, with what that one has drifted from this
-            one added, so that it is corrected there.
+            one added, so that it is corrected there; for families that add it to the hidden states as it is, or scaled.
         call: how the layer is called.
         device: where it computes.
         other: hidden states of the other stream, same shape.
     """
     outputs: list[Tensor] = []
-    with _keeping(attention_of(layer, family), outputs):
+    with _keeping(_output(layer, family), outputs):
         others = [None] * len(hidden) if other is None else list(batches(other))
         for batch, given, drifted in zip(batches(hidden), batches(wanted), others, strict=False):
             behind = run_layer(layer, batch.to(device), call)
             given.copy_(outputs.pop())
             if drifted is not None:
-                given += batch - drifted
+                given += (batch - drifted) / getattr(layer, "residual_multiplier", 1.0)
             batch.copy_(behind)
+
+
+def _output(layer: nn.Module, family: Family) -> nn.Module:
+    """What gives the output of attention: bloom's attention module adds what it is added to."""
+    return attention_of(layer, family).get_submodule(family.o)
 
 
 def source_pass(layer: nn.Module, family: Family, hidden: Tensor, call: LayerCall, device: torch.device) -> tuple[Tensor, Tensor]:
     """Attention outputs and layer outputs of the source stream, both (rows, length, hidden), on the CPU."""
     outputs: list[Tensor] = []
 
-    with _keeping(attention_of(layer, family), outputs):
+    with _keeping(_output(layer, family), outputs):
         behind = [run_layer(layer, batch.to(device), call).cpu() for batch in batches(hidden)]
     return torch.cat(outputs), torch.cat(behind)
 
 
 @contextmanager
-def _keeping(attention: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
-    """Append to `outputs`, on the CPU, what an attention module gives."""
+def _keeping(module: nn.Module, outputs: list[Tensor]) -> Iterator[None]:
+    """Append to `outputs`, on the CPU, what a module gives."""
 
     def keep(_module: nn.Module, _positional: Any, result: Any) -> None:
-        outputs.append((result[0] if isinstance(result, tuple) else result).cpu())
+        outputs.append(result.cpu())
 
-    handle = attention.register_forward_hook(keep)
+    handle = module.register_forward_hook(keep)
     try:
         yield
     finally:

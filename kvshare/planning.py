@@ -96,7 +96,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """An estimate of peak memory, see `peak_memory`."""
-        hidden = int(self.config[self.family.field("hidden_size")])
+        hidden = int(self.config[self.family.field("hidden_size", self.config)])
         prefix = self.family.attention.partition("{layer}")[0] + "0."
         return peak_memory(self.recipe, [tensor.source for tensor in self.tensors], prefix, self.layers, hidden)
 
@@ -124,7 +124,7 @@ class Plan:
     @property
     def decode_overhead(self) -> float:
         """`decode_multiply_adds` relative to native attention's: head_dim each for score and value of every query head."""
-        query_heads = int(self.config[self.family.field("num_attention_heads")])
+        query_heads = int(self.config[self.family.field("num_attention_heads", self.config)])
         return self.decode_multiply_adds / (2 * self.layers * query_heads * self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,31 +242,37 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     require_attention(source.tensors, family, geometry, source.name)
     reasons: list[str] = []
     if recipe.cache_budget is None:
-        chosen = (resolve_heads(recipe.kv_heads, source_heads, reasons),) * layers
+        heads = resolve_heads(recipe.kv_heads, source_heads, reasons)
+        chosen = tuple(heads if layer in geometry.attention else 0 for layer in range(layers))
+    elif len(geometry.attention) < layers:
+        raise UsageError(
+            f"{source.name} cannot have a cache budget",
+            f"{layers - len(geometry.attention)} of its {layers} layers have no K and V, and a budget is divided among all layers",
+            "take kv_heads: every layer that has K and V gets the same number of heads",
+        )
     # a head of K or V is one unit of cache
     units = budget_units(recipe.cache_budget or 1.0, layers, source_heads) if chosen is None else head_units(chosen, source_heads)
     heads = source_heads if chosen is None else stored_heads(chosen, source_heads)
-    if family.kv_heads is None and (heads != source_heads or recipe.cache_budget is not None):
+    if not family.merges_heads(config) and (heads != source_heads or recipe.cache_budget is not None):
         wanted = f"{heads} KV heads" if recipe.cache_budget is None else "a cache budget"
+        alone = "like this one has no number of KV heads in its config that could be another"
         raise UsageError(
             f"{source.name} cannot have {wanted}",
-            f"a {family.model_type} model has no number of KV heads in its config: each query head has its own",
+            f"a {family.model_type} model {'norms the keys of all heads as one' if family.wide_norm else alone}",
             "take kv_heads all: K and V become one projection, which is half the cache",
         )
     if recipe.init == "exact":
-        require_exact(source, family, heads, source_heads, head_dim, hidden)
+        require_exact(source, family, geometry, heads)
         if recipe.heal.enabled:
             recipe = recipe.model_copy(update={"heal": recipe.heal.model_copy(update={"enabled": False})})
             reasons.append("nothing is healed: init exact loses nothing that healing could bring back")
     shapes = geometry.shapes
     merged: dict[str, tuple[int, ...]] = {}
-    for layer in range(layers):
+    for layer in geometry.attention:
         untouched = chosen is not None and chosen[layer] is None
         for part in PARTS:
-            expected = shapes[part]
             changes = not untouched and recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
-            rows = heads * head_dim if part in "kv" else expected[0]
-            after = shapes | {part: (rows, expected[1])}
+            after = shapes | {"k": (heads * head_dim, hidden), "v": (heads * head_dim, hidden)}
             if changes:
                 merged[family.weight(layer, part)] = family.stored_shape(part, after)
             bias = family.bias(layer, part)
@@ -285,9 +291,13 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         TensorPlan(spec.name, "merge" if spec.name in merged else "copy", spec.dtype, shape, spec, file)
         for spec, shape, file in zip(specs, stored, files, strict=True)
     )
-    key = source.tensors[family.weight(0, "k")]
+    key = source.tensors[family.weight(geometry.attention[0], "k")]
     per_head = head_dim * ITEM_BYTES[key.dtype]
-    output_config = copy.deepcopy(config) | ({family.kv_heads: heads, "head_dim": head_dim} if family.kv_heads else {})
+    output_config = copy.deepcopy(config)
+    if family.kv_heads == "num_key_value_heads":
+        output_config |= {family.kv_heads: heads, "head_dim": head_dim}
+    elif family.kv_heads and family.merges_heads(config):
+        output_config[family.kv_heads] = heads
     output_config.pop("auto_map", None)
     if recipe.init != "exact":
         reasons.extend(form_reasons(recipe.cache_budget, chosen, layers, source_heads, heads))
@@ -304,7 +314,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         chosen,
         head_dim,
         tensors,
-        2 * source_heads * layers * per_head,
+        2 * source_heads * len(geometry.attention) * per_head,
         units * per_head,
         tuple(reasons),
         max_shard_bytes,

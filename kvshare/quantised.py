@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshare.loading import Forward
+from kvshare.timing import cached_tensors
 
 SCALE_BYTES = 2  # a float16 for every token and head, of keys and of values
 
@@ -48,5 +49,5 @@ def through_quantised_cache(model: Any, bits: int) -> Forward:
 
 def quantised_bytes(cache: Any, bits: int) -> int:
     """What a transformers cache would take in `bits` bits, its scales included, counted on the shapes of its tensors."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor.shape[-1]]
+    tensors = [tensor for tensor in cached_tensors(cache) if tensor.shape[-1]]
     return sum(tensor.shape[:-1].numel() * (-(-tensor.shape[-1] * bits // 8) + SCALE_BYTES) for tensor in tensors)

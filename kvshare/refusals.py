@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from kvshare.errors import UnsupportedModelError, UsageError
 from kvshare.families import Family, family_of
+from kvshare.geometry import Geometry
 from kvshare.mixture import uses_self
 from kvshare.parsing import shown
 from kvshare.recipe import Recipe, calibrates
@@ -35,15 +36,15 @@ def convertible_family(source: Source) -> Family:
             "convert the unquantised model and quantise the result",
         )
     for name, value in family.only.items():
-        if config.get(name, value) != value:
+        if (config.get(name, value) or False) != value:  # null is false
             raise UnsupportedModelError(
                 f"{source.name} has {name} = {shown(config[name])}",
                 f"of {family.model_type}, kvshare knows the models with {value!r}",
                 "choose another model",
             )
-    architecture, stem = config.get("architectures"), family.model_type.replace("_", "")
+    architecture, stem = config.get("architectures"), family.model_type.removesuffix("_text").replace("_", "")
     fitting = [f"{stem}{ending}".lower() for ending in ("ForCausalLM", "LMHeadModel")]
-    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).lower() in fitting):
+    if not (isinstance(architecture, list) and len(architecture) == 1 and str(architecture[0]).lower().replace("_", "") in fitting):
         raise UnsupportedModelError(
             f"{source.name} is not a causal language model",
             f"config.json names the architectures {shown(architecture)}, which is none of {family.model_type} that predicts tokens",
@@ -52,13 +53,20 @@ def convertible_family(source: Source) -> Family:
     return family
 
 
-def require_exact(source: Source, family: Family, heads: int, source_heads: int, head_dim: int, hidden: int) -> None:
+def require_exact(source: Source, family: Family, geometry: Geometry, heads: int) -> None:
     """Refuse what has no exact form.
 
     Raises:
-        UnsupportedModelError: W_K is not square, or part of a fused tensor.
+        UnsupportedModelError: W_K is not square, or part of a fused tensor; or attention is written in a way of its own.
         UsageError: heads are to be merged.
     """
+    source_heads, head_dim, hidden = geometry.kv_heads, geometry.head_dim, geometry.hidden
+    if not family.exact_form or len(geometry.attention) < geometry.layers:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"the exact form does not know the attention of {family.model_type} models",
+            "use init svd, or learned",
+        )
     if family.fused:
         raise UnsupportedModelError(
             f"{source.name} has no exact form",
@@ -70,6 +78,12 @@ def require_exact(source: Source, family: Family, heads: int, source_heads: int,
             f"{source.name} has no exact form",
             f"its keys have {source_heads} x {head_dim} = {source_heads * head_dim} numbers per token and hidden states {hidden}: "
             "values are a function of keys where these are equal",
+            "use init svd, or learned",
+        )
+    if source.config.get("clip_qkv") is not None:
+        raise UnsupportedModelError(
+            f"{source.name} has no exact form",
+            f"it clips keys and values (clip_qkv = {source.config['clip_qkv']}): values that were clipped are not made of keys",
             "use init svd, or learned",
         )
     if heads != source_heads:

@@ -12,25 +12,22 @@ from typing import Any
 from kvshare.errors import BadCheckpointError
 
 
-def repeats_of(checkpoint: Path, config: dict[str, Any]) -> list[int]:
+def repeats_of(checkpoint: Path, config: dict[str, Any], stored: int) -> list[int]:
     """How often every shared layer holds each of its heads, in the order of the kvshare block's layers.
 
     Args:
         checkpoint: what to call it.
         config: its config.json, with a kvshare block; one without `kv_heads` repeats nothing.
+        stored: how many KV heads its weights have.
 
     Raises:
-        BadCheckpointError: `kv_heads` does not fit the layers, or does not divide the heads that the config names.
+        BadCheckpointError: `kv_heads` does not fit the layers, or does not divide the stored heads.
     """
     block = config["kvshare"]
     layers = block["layers"]
-    if "num_key_value_heads" not in config:  # a family whose query heads have one KV head each
-        return [1] * len(layers)
-    stored = config["num_key_value_heads"]
     heads = block.get("kv_heads", [stored] * len(layers))
     if (
-        not isinstance(stored, int)
-        or not isinstance(heads, list)
+        not isinstance(heads, list)
         or len(heads) != len(layers)
         or not all(type(count) is int and count > 0 and stored % count == 0 for count in heads)
     ):

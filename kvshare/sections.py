@@ -107,7 +107,11 @@ class Heal(Section):
     """Learning rate of the shared projections, as a fraction of the others'."""
     lora_rank: Positive = 16
     lora_targets: tuple[str, ...] = Field(
-        ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "dense", "fc1", "fc2", "c_fc", "c_proj"), min_length=1
+        (
+            *("q_proj", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+            *("fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+        ),
+        min_length=1,
     )
     """Names in all families together; a model has some of them."""
     temperature: PositiveReal = 1.0

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvshare.activations import first_inputs
+from kvshare.activations import bypassed, first_inputs
 from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, choose_budget, divisors, head_units
 from kvshare.data import rows_per_forward
 from kvshare.errors import UsageError
@@ -129,7 +129,7 @@ def measure_sensitivity(model: Any, plan: Plan, rows: Tensor, device: torch.devi
             "what a layer bears is measured on rows that it was not merged on, and there is one row",
             "raise calibration.tokens, or lower calibration.sequence_length",
         )
-    layers = model.get_decoder().layers
+    layers = getattr(model.get_decoder(), plan.family.stack)
     held = max(1, min(int(HELD_OUT * len(rows)), HELD_OUT_TOKENS // rows.shape[1]))
     seen = max(1, min(int(STATISTICS * len(rows)), len(rows) - held))
     states, calls = first_inputs(model, layers, rows[: held + seen], device)
@@ -146,7 +146,7 @@ def measure_sensitivity(model: Any, plan: Plan, rows: Tensor, device: torch.devi
         options = [Damage(None, head_units((None,), heads), 0.0, 0.0)]
         for count, (merged, error) in zip(shared, merge_alone(layer, plan, call, hidden, wanted, shared, device), strict=True):
             given = _through(behind[index + 1 :], passed(merged, entering, call, device), device)
-            measured = _divergence(model, given, final, device)
+            measured = _divergence(model, layers, given, final, device)
             options.append(Damage(count, head_units((count,), heads), error * relative, measured))
             progress("measuring sensitivity", index * len(shared) + len(options) - 1, len(layers) * len(shared))
         found.append(tuple(options))
@@ -170,15 +170,20 @@ def per_energy(hidden: Tensor) -> float:
     return float(torch.linalg.vector_norm(hidden, dim=-1).double().clamp_min(1e-15).pow(-2).mean())
 
 
-def _divergence(model: Any, given: Tensor, wanted: Tensor, device: torch.device) -> float:
+def _divergence(model: Any, layers: nn.ModuleList, given: Tensor, wanted: Tensor, device: torch.device) -> float:
     """Mean KL in nats per token between the predictions from two last hidden states (rows, length, hidden)."""
-    norm, head = model.get_decoder().norm, model.get_output_embeddings()
     per_batch = rows_per_forward(given.shape[1], int(model.config.vocab_size))
     total = 0.0
     for pair in zip(given.split(per_batch), wanted.split(per_batch), strict=True):
-        other, own = (torch.log_softmax(head(norm(hidden.to(device))).float(), dim=-1) for hidden in pair)
+        other, own = (torch.log_softmax(_logits(model, layers, hidden.to(device)).float(), dim=-1) for hidden in pair)
         total += float((own.exp() * (own - other)).sum())
     return max(0.0, total / given[..., 0].numel())
+
+
+def _logits(model: Any, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
+    """What a model predicts from last hidden states (rows, length, hidden), with all that the family does behind its layers."""
+    with bypassed(layers, lambda _: hidden):
+        return model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
 
 
 def agreement(layers: Sequence[Sequence[Damage]]) -> Agreement:

@@ -140,6 +140,12 @@ def check_calibration(plan: Plan, target: Path, overwrite: bool) -> Any:
             "its choice of heads rests on forwards through the layers behind",
             "give kv_heads, or convert with the budget and text",
         )
+    if 0 in plan.layer_heads:
+        raise UsageError(
+            f"statistics cannot be taken of {plan.source.name}",
+            "some of its layers have no K and V, and statistics hold the moments of all layers",
+            "convert with text",
+        )
     check_output(target, plan.source.path, overwrite)
     check_space(target, statistics_bytes(plan))
     return tokenizer_for(plan.source.path, [plan.recipe.calibration.data])
@@ -169,7 +175,7 @@ def take_moments(
     hidden, calls = first_inputs(skeleton.model, skeleton.layers, rows, device, skeleton.scratch)
     for index, (call, heads) in enumerate(zip(calls, plan.layer_heads, strict=True)):
         progress("calibrating layers", index, len(calls))
-        assert heads is not None
+        assert heads
         layer = read_layer(skeleton, index, device)
         yield source_moments(layer, plan, call, hidden, heads, device)
         if index < len(calls) - 1:

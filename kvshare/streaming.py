@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
-from kvshare.native import native_class, read_config
+from kvshare.native import as_in_memory, native_class, read_config
 from kvshare.source import Source
 from kvshare.tensors import map_tensor, read_tensor
 
@@ -63,8 +63,11 @@ def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -
     known = set(model.state_dict())
     state = {}
     for stored, spec in source.tensors.items():
-        # a base model's checkpoint lacks the first part of the names of its decoder
-        name = stored if stored in known else f"{model.base_model_prefix}.{stored}"
+        name = stored
+        if stored not in known and not stored.startswith(prefix):
+            # the model calls it otherwise, or this is a base model's checkpoint, which lacks the first part of the names
+            (renamed,) = as_in_memory(model, {stored: torch.empty(0)})
+            name = renamed if renamed in known else f"{model.base_model_prefix}.{stored}"
         if name in known and not stored.startswith(prefix):
             mapped = len(spec.shape) > 1
             state[name] = map_tensor(source.path, spec) if mapped else read_tensor(source.path, spec).float()
@@ -85,11 +88,14 @@ def read_layer(skeleton: Skeleton, index: int, device: torch.device) -> nn.Modul
     source, prefix = skeleton.source, skeleton.layer_prefix(index)
     layer = copy.deepcopy(skeleton.layers[index])
     own = set(layer.state_dict())
-    state = {
-        name: read_tensor(source.path, spec).to(device, torch.float32)
+    stored = {
+        full: read_tensor(source.path, spec).to(device, torch.float32)
         for full, spec in source.tensors.items()
-        if full.startswith(prefix) and (name := full.removeprefix(prefix)) in own
+        if full.startswith(prefix)
     }
+    if any(full.removeprefix(prefix) not in own for full in stored):
+        stored = as_in_memory(skeleton.model, stored)
+    state = {name: value for full, value in stored.items() if (name := full.removeprefix(prefix)) in own}
     layer.load_state_dict(state, strict=False, assign=True)
     _require(source, [f"{prefix}{name}" for name, value in layer.named_parameters() if value.is_meta])
     return layer.requires_grad_(False).to(device).eval()

@@ -80,7 +80,13 @@ def held_bytes(model: Any) -> int:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of the tensors of a transformers cache, keys and values of all layers."""
-    return sum(tensor.numel() * tensor.element_size() for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(cache))
+
+
+def cached_tensors(cache: Any) -> list[Tensor]:
+    """Keys and values of all layers of a transformers cache that has any."""
+    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return [tensor for layer in held for tensor in (layer.keys, layer.values)]
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kvshare.checkpoint import FORMAT_VERSION, MANIFEST, sha256
 from kvshare.errors import BadCheckpointError
-from kvshare.families import family_of
+from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
+from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, repeats_of
 from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
@@ -127,16 +128,19 @@ def verify_form(checkpoint: Path) -> int:
     require_attention(specs, family, geometry, str(checkpoint))
     if block["layers"] and block["layers"][-1] >= geometry.layers:
         raise _unusable(checkpoint, f"it names layer {block['layers'][-1]}, and there are {geometry.layers}")
+    if not all(layer in geometry.attention for layer in block["layers"]):
+        raise _unusable(checkpoint, f"its layers {shown(block['layers'])} have K and V in part only")
     if block["form"] == "exact" and geometry.kv_heads * geometry.head_dim != geometry.hidden:
         raise BadCheckpointError(
             f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"
         )
-    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config), strict=True):
+    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config, geometry.kv_heads), strict=True):
         if block["form"] == "exact":
             continue
         key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))
         if family.fused:
-            key, value = _thirds(key, specs[family.weight(layer, "k")].shape[0] if family.transposed else 1)
+            heads = (geometry.query_heads, geometry.kv_heads)
+            key, value = _parts(key, specs[family.weight(layer, "k")].shape, family, heads)
         if key != value:
             raise BadCheckpointError(
                 f"K and V of layer {layer} differ in {checkpoint}",
@@ -155,10 +159,12 @@ def _bytes(folder: Path, spec: TensorSpec) -> bytes:
         return stream.read(spec.bytes)
 
 
-def _thirds(data: bytes, rows: int) -> tuple[bytes, bytes]:
-    """The bytes of k and of v in a tensor that holds q, k and v side by side in each of its `rows`."""
-    parts = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(rows, 3, -1)
-    return parts[:, 1].numpy().tobytes(), parts[:, 2].numpy().tobytes()
+def _parts(data: bytes, shape: tuple[int, ...], family: Family, heads: tuple[int, int]) -> tuple[bytes, bytes]:
+    """The bytes of k and of v in a tensor of that shape, which holds q, k and v, of a model with these query and KV heads."""
+    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*shape, -1)
+    rows = whole.transpose(0, 1) if family.transposed else whole
+    _, key, value = fused_parts(rows, heads, family)
+    return key.numpy().tobytes(), value.numpy().tobytes()
 
 
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:

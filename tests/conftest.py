@@ -81,7 +81,9 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
 
 
 def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
-    """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality."""
+    """A model of a family with random weights and the bundled tokenizer: it proves shapes and identities, never quality. A field
+    that is `...` is left to the family.
+    """
     torch.manual_seed(7)
     shape = {
         "hidden_size": 64,
@@ -94,7 +96,7 @@ def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
     }
     settings = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
     settings |= fields if "n_embd" in fields else shape | fields
-    config = transformers.AutoConfig.for_model(model_type, **settings)
+    config = transformers.AutoConfig.for_model(model_type, **{name: value for name, value in settings.items() if value is not ...})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -123,6 +125,81 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 8, "n_positions": 512}),
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
+}
+WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FALCON = {"head_dim": ..., "num_key_value_heads": ...}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+# the other families of the registry: one small model each, with what is special about it, for the tests that walk them
+FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ministral": ("ministral", WINDOWS),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "max_position_embeddings": 64,
+                "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+    "mixtral": ("mixtral", EXPERTS),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gemma": ("gemma", {"num_key_value_heads": 1}),
+    "gemma2": ("gemma2", WINDOWS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
+    "gemma3_text": ("gemma3_text", WINDOWS | {"query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", {"partial_rotary_factor": 0.5, "pad_token_id": None}),
+    "olmo": ("olmo", {"clip_qkv": 1.0}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", WINDOWS),
+    "olmoe": ("olmoe", EXPERTS),
+    "granite": (
+        "granite",
+        {"attention_multiplier": 0.2, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    "granitemoe": ("granitemoe", EXPERTS | {"residual_multiplier": 0.4, "attention_multiplier": 0.3}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        EXPERTS
+        | {"layer_types": ["linear_attention", "full_attention", "full_attention"], "num_hidden_layers": 3}
+        | {"mamba_n_heads": 4, "mamba_d_state": 8, "mamba_chunk_size": 16, "shared_intermediate_size": 32}
+        | {"residual_multiplier": 0.4, "attention_multiplier": 0.3},
+    ),
+    "stablelm": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True, "use_parallel_residual": True}),
+    "starcoder2": ("starcoder2", {"sliding_window": 12}),
+    "gpt_oss": ("gpt_oss", WINDOWS | EXPERTS | {"attention_bias": True}),
+    "exaone4": ("exaone4", WINDOWS | {"sliding_window_pattern": 2}),
+    "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
+    "arcee": ("arcee", {}),
+    "seed_oss": ("seed_oss", {"attention_bias": True}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", WINDOWS),
+    "glm": ("glm", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
+    "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
+    "ernie4_5": ("ernie4_5", {}),
+    "helium": ("helium", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": 4, "pad_token_id": None, "dropout": 0.0}),
+    "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0}),
+    "falcon": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    "falcon-one-head": ("falcon", FALCON | {"new_decoder_architecture": False, "multi_query": True}),
+    "falcon-alibi": (
+        "falcon",
+        FALCON | {"new_decoder_architecture": False, "multi_query": False, "alibi": True, "bias": True, "parallel_attn": False},
+    ),
+    "bloom": ("bloom", {}),
+    "gptj": ("gptj", {"rotary_dim": 4, "n_inner": 48}),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
+    ),
 }
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
 SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -159,13 +236,14 @@ def own_text(once: Callable[[str, Callable[[Path], Any]], Path]) -> tuple[str, s
 
 @pytest.fixture(scope="session")
 def source_folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
-    """A source model by its key in SOURCES or SQUARE, made once; `tiny` is the bundled, really trained one."""
+    """A source model by its key in SOURCES, SQUARE or FAMILY_SOURCES, made once; `tiny` is the bundled, really trained one."""
 
     def get(key: str) -> Path:
         if key == "tiny":
             return TINY_FOLDER
-        model_type, fields = (SOURCES | SQUARE)[key]
-        return once(f"source-{key}", lambda folder: random_model(folder, model_type, **fields))
+        model_type, fields = (SOURCES | SQUARE | FAMILY_SOURCES)[key]
+        small = SMALL if key in FAMILY_SOURCES else {}
+        return once(f"source-{key}", lambda folder: random_model(folder, model_type, **small | fields))
 
     return get
 

@@ -17,8 +17,8 @@ LAYERS = [
     ["errors"],
     ["parsing"],
     ["sections", "families", "source", "budget", "repeats", "processes"],
-    ["recipe", "mixture"],
-    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "geometry", "contamination"],
+    ["recipe", "mixture", "geometry"],
+    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination"],
     ["planning", "merge", "data", "native"],
     ["moments", "layout", "duration"],
     ["activations"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["fit"],
     ["layerwise"],
     ["sensitivity", "spectra"],
-    ["checkpoint", "runtime", "findings"],
+    ["checkpoint", "runtime", "findings", "paged"],
     ["verification", "plots"],
     ["loading", "exact", "page", "figures", "timing"],
     ["inspection", "statistics", "quantised", "positions", "retrieval", "tasks", "bench_plot"],
@@ -117,7 +117,7 @@ def test_imports_go_in_no_circle() -> None:
 
 def test_the_file_in_checkpoints_stands_alone() -> None:
     packages = {name.partition(".")[0] for name in imports("runtime.modeling_kvshare")}
-    assert packages == {"__future__", "functools", "sys", "typing", "torch", "transformers"}
+    assert packages == {"__future__", "functools", "inspect", "pathlib", "shutil", "sys", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -142,7 +142,7 @@ def test_remote_code_is_never_trusted(module: str) -> None:
 
 @pytest.mark.parametrize("module", FILES)
 def test_modules_stay_small_and_say_what_they_are(module: str) -> None:
-    most = 560 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file
+    most = 950 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file for all families
     assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= most
     assert ast.get_docstring(TREES[module])
 

@@ -73,7 +73,7 @@ def test_healing_brings_a_trained_model_closer(
     assert after.cache_bytes_per_token == before.cache_bytes_per_token
 
 
-@pytest.mark.parametrize("key", ["llama-gqa", "mistral", "qwen2", "qwen3", "smollm3", "phi", "gpt2"])
+@pytest.mark.parametrize("key", ["llama-gqa", "mistral", "qwen2", "qwen3", "smollm3", "phi", "gpt2", "phi3", "gemma3_text", "glm"])
 def test_the_tie_holds_and_embeddings_stay(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str
 ) -> None:

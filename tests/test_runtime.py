@@ -181,12 +181,13 @@ def test_weights_with_their_repeats_compute_the_same(pair: Callable[..., tuple[A
     same_logits(native, stored)
 
 
-def test_weights_on_the_disk_keep_their_repeats(mixed_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    native = AutoModelForCausalLM.from_pretrained(mixed_folder("qwen3"), dtype=torch.float32).eval()
+@pytest.mark.parametrize("key", ["qwen3", "qwen2"])
+def test_weights_on_the_disk_keep_their_repeats(mixed_folder: Callable[[str], Path], tmp_path: Path, key: str) -> None:
+    native = AutoModelForCausalLM.from_pretrained(mixed_folder(key), dtype=torch.float32).eval()
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {f"model.layers.{layer}": "disk" if layer == 2 else "cpu" for layer in range(4)}
     offloaded = shared_class(type(native)).from_pretrained(
-        mixed_folder("qwen3"), dtype=torch.float32, device_map=places, offload_folder=tmp_path
+        mixed_folder(key), dtype=torch.float32, device_map=places, offload_folder=tmp_path
     )
     assert offloaded.model.layers[2].self_attn.k_proj.weight.is_meta
     same_logits(native, offloaded)

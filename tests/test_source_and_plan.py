@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import kvshare
 from kvshare.errors import BadCheckpointError, KVShareError, UnsupportedModelError, UsageError
+from kvshare.families import FAMILIES
 from kvshare.source import INDEX, SINGLE, open_source, read_header
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -249,9 +250,9 @@ def test_a_model_that_is_nowhere_is_named(model: str) -> None:
 
 def test_an_unknown_family_names_the_closest(single: Path) -> None:
     edit_json(single / "config.json", lambda config: config.update(model_type="qwen4"))
-    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", "gpt2, llama, mistral, phi, qwen2, qwen3, smollm3")
+    refusal(single, UnsupportedModelError, "'qwen4'", "did you mean 'qwen3'", ", ".join(sorted(FAMILIES)))
     edit_json(single / "config.json", lambda config: config.pop("model_type"))
-    refusal(single, UnsupportedModelError, "gpt2, llama, mistral, phi, qwen2, qwen3, smollm3")
+    refusal(single, UnsupportedModelError, ", ".join(sorted(FAMILIES)))
 
 
 def test_a_form_of_a_family_that_is_not_known_names_the_field(source_folder: Callable[[str], Path], tmp_path: Path) -> None:

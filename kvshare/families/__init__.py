@@ -21,15 +21,23 @@ class Family:
     """How one `model_type` lays out the attention of a decoder layer.
 
     `attention` is the prefix of the layer's attention tensors with `{layer}` for the index; `q`, `k`, `v` and `o`
-    are the names of the projections below it. `key_norm` is the name of a norm over the head_dim of each key head,
-    applied before rope, with its query counterpart `query_norm`; None where the family has none. `rotates` is the name of an
-    attribute of the attention module that says whether rope turns the keys of this layer; None where it turns those of all.
-    How many numbers of a head it turns is seen in the width of its tables; without tables, none.
+    are the names of the projections below it. `key_norm` is the name of a root-mean-square norm of keys before rope, with its
+    query counterpart `query_norm`; None where the family has none. It goes over the head_dim of each head, or, where `wide_norm`
+    says so, over all heads as one. `norm_offset` is what the norm adds to the weights that are stored. `post_norm` families norm
+    the output of attention before they add it to the residual stream.
 
-    Where `q`, `k` and `v` are one name, they are a third each of the rows of one tensor. `transposed` families store weights as
-    (in, out), which is transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, heads
-    cannot be merged. `fields` are other fields of the config by their usual names, and `only` the values that some must have,
-    where they are present.
+    `rotates` says in which layers rope turns keys: None, all; `use_rope`, those whose attention module has an attribute of that
+    name that is true; `windows`, those with a sliding window, all where the config has none. How many numbers of a head it
+    turns is seen in the width of its tables (twice that in `half_tables` families); without tables, none. They are turned in
+    pairs that lie half of them apart, or side by side in `interleaved` families.
+
+    Where `q`, `k` and `v` are one name, they are rows of one tensor in this order; in `grouped_rows` families KV head by KV head,
+    each with the rows of its query heads, its own of k and its own of v. `transposed` families store weights as (in, out), which is
+    transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with a wide norm, heads
+    cannot be merged. It counts where the field `kv_heads_where` is true; where that is false, there is one KV head if
+    `multi_query` is true, and otherwise one per query head. `fields` are what older configs call a field, by its usual name, and
+    `only` the values that some must have, where they are present. `without` are the kinds of layers, as `layer_types` names them,
+    that have no K and V: they are left untouched. `exact_form` is false where the shared form writes attention out anew.
     """
 
     model_type: str
@@ -40,9 +48,18 @@ class Family:
     o: str = "o_proj"
     query_norm: str | None = None
     key_norm: str | None = None
-    rotates: str | None = None
+    wide_norm: bool = False
+    norm_offset: float = 0.0
+    post_norm: bool = False
+    rotates: Literal["use_rope", "windows"] | None = None
+    interleaved: bool = False
+    half_tables: bool = False
+    grouped_rows: bool = False
     transposed: bool = False
     kv_heads: str | None = "num_key_value_heads"
+    kv_heads_where: str | None = None
+    without: tuple[str, ...] = ()
+    exact_form: bool = True
     fields: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,21 +68,40 @@ class Family:
         """Whether one tensor holds q, k and v."""
         return self.k == self.v
 
+    def merges_heads(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config may have fewer KV heads."""
+        counts = self.kv_heads is not None and (self.kv_heads_where is None or bool(config.get(self.kv_heads_where)))
+        return counts and not self.wide_norm
+
+    def kv_heads_of(self, config: Mapping[str, Any], query_heads: int) -> Any:
+        """The KV heads of a model, from its config; whatever stands there, if it is no number."""
+        if self.kv_heads_where is not None and not config.get(self.kv_heads_where):
+            return 1 if config.get("multi_query", True) else query_heads
+        return (config.get(self.kv_heads) if self.kv_heads else None) or query_heads
+
+    def attends(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether a layer of a model has K and V."""
+        kinds, attending = config.get("layer_types"), config.get("full_attn_idxs")
+        if self.without and kinds is None and isinstance(attending, list):  # as older configs say it
+            return layer in attending
+        return not self.without or not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in self.without
+
     @property
     def stack(self) -> str:
         """What the decoder calls the list of its layers."""
         return self.attention.partition(".{layer}")[0].rpartition(".")[2]
 
-    def field(self, name: str) -> str:
-        """What the config calls a field."""
-        return self.fields.get(name, name)
+    def field(self, name: str, config: Mapping[str, Any]) -> str:
+        """What this config calls a field."""
+        older = self.fields.get(name, name)
+        return older if older in config else name
 
     def located(self, tensors: Collection[str]) -> Family:
         """The family with the names that these tensors have: a base model's checkpoint lacks the first part of each."""
-        if self.weight(0, "k") in tensors:
-            return self
         bare = replace(self, attention=self.attention.partition(".")[2])
-        return bare if bare.weight(0, "k") in tensors else self
+        whole, rest = (family.attention.partition("{layer}")[0] for family in (self, bare))
+        found = any(name.startswith(whole) for name in tensors) or not any(name.startswith(rest) for name in tensors)
+        return self if found else bare
 
     def stored_shape(self, part: Part, shapes: Mapping[Part, tuple[int, int]], bias: bool = False) -> tuple[int, ...]:
         """The shape of the tensor that holds projection `part`, or its bias, from the (out, in) shapes of all projections."""
@@ -91,10 +127,91 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family("llama"),
         Family("mistral"),
+        Family("ministral"),
+        Family("ministral3"),
+        Family("mixtral"),
         Family("qwen2"),
+        Family("qwen2_moe"),
         Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+        Family("qwen3_moe", query_norm="q_norm", key_norm="k_norm"),
+        Family("gemma"),
+        Family("gemma2", post_norm=True, only={"use_bidirectional_attention": False}),
+        Family(
+            "gemma3_text",
+            query_norm="q_norm",
+            key_norm="k_norm",
+            norm_offset=1.0,
+            post_norm=True,
+            only={"use_bidirectional_attention": False},
+        ),
+        Family("phi3", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
+        Family("olmo"),
+        Family("olmo2", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
+        Family("olmo3", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
+        Family("olmoe", query_norm="q_norm", key_norm="k_norm", wide_norm=True),
+        Family("granite"),
+        Family("granitemoe"),
+        Family("granitemoehybrid", without=("mamba", "linear_attention")),
         Family("smollm3", rotates="use_rope"),
+        Family("stablelm", only={"qk_layernorm": False}),
+        Family("starcoder2"),
+        Family("gpt_oss", half_tables=True),
+        Family("exaone4", query_norm="q_norm", key_norm="k_norm", rotates="windows", post_norm=True),
+        Family("nemotron"),
+        Family("arcee"),
+        Family("seed_oss"),
+        Family("cohere", interleaved=True, only={"use_qk_norm": False}),
+        Family("cohere2", interleaved=True, rotates="windows"),
+        Family("glm", interleaved=True),
+        Family("glm4", interleaved=True, post_norm=True),
+        Family("ernie4_5", interleaved=True),
+        Family("helium", interleaved=True),
+        Family("opt", attention="model.decoder.layers.{layer}.self_attn", o="out_proj", kv_heads=None),
+        Family(
+            "gpt_neox",
+            attention="gpt_neox.layers.{layer}.attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads=None,
+        ),
         Family("phi", o="dense", only={"qk_layernorm": False}),
+        Family(
+            "falcon",
+            attention="transformer.h.{layer}.self_attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads="num_kv_heads",
+            kv_heads_where="new_decoder_architecture",
+            fields={"hidden_size": "n_embed"},
+        ),
+        Family(
+            "bloom",
+            attention="transformer.h.{layer}.self_attention",
+            q="query_key_value",
+            k="query_key_value",
+            v="query_key_value",
+            o="dense",
+            grouped_rows=True,
+            kv_heads=None,
+            fields={"hidden_size": "n_embed", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+            only={"slow_but_exact": False},
+        ),
+        Family(
+            "gptj",
+            attention="transformer.h.{layer}.attn",
+            o="out_proj",
+            interleaved=True,
+            exact_form=False,
+            kv_heads=None,
+            fields={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        ),
+        Family("lfm2", o="out_proj", query_norm="q_layernorm", key_norm="k_layernorm", without=("conv",)),
         Family(
             "gpt2",
             attention="transformer.h.{layer}.attn",
@@ -111,12 +228,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# model types whose layers cache one latent vector per token, of which K and V are both made
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k2", "longcat_flash", "minicpm3")
+
+
 def family_of(model_type: str) -> Family:
     """The family of a `model_type`.
 
     Raises:
         UnsupportedModelError: no such family; the message lists the families and names the closest one.
     """
+    if model_type in LATENT:
+        raise UnsupportedModelError(
+            f"a {model_type} model has no K and V to share",
+            "it caches one latent vector per token, of which both are made (MLA): what sharing would save is saved already",
+            "use it as it is, or convert a model with grouped or multi-head attention",
+        )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not supported",

@@ -19,9 +19,10 @@ class AttentionWeights:
     """The projections of one attention layer, all in the (out, in) layout.
 
     Shapes: `q` (query heads * head_dim, hidden), `k` and `v` (kv heads * head_dim, hidden), `o` (hidden, query heads *
-    head_dim); biases and norms are None where the layer has none. `query_norm` and `key_norm` (head_dim) are the weights
-    of a per-head RMS norm before rope. Rope turns the first `rotary_dim` numbers of every head, in pairs (j, j + rotary_dim/2),
-    and leaves the others alone; None is all of them, 0 none (NoPE).
+    head_dim); biases and norms are None where the layer has none. `query_norm` and `key_norm` are the weights of an RMS norm
+    before rope, of each head (head_dim) or of all heads as one (query heads * head_dim, kv heads * head_dim). Rope turns the
+    first `rotary_dim` numbers of every head, in pairs (j, j + rotary_dim/2), and leaves the others alone; None is all of them,
+    0 none (NoPE).
     """
 
     q: Tensor

@@ -20,7 +20,10 @@ with each head repeated, which the native class computes as it is; here one of e
 from __future__ import annotations
 
 import functools
+import inspect
+import shutil
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +35,25 @@ from transformers.pytorch_utils import Conv1D
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
-Rotary = tuple[Tensor, Tensor]  # cos and sin, (batch, tokens, rotated width)
+Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once more of the cached keys, where there are any
+# what some families hand to the attention function beside the usual: its name there, and of which attribute
+ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
+ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
+OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
+NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))  # what norms of queries and of keys are called
+DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
+ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
+HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
 class SharedProjection(nn.Linear):
     """k_proj without its bias: what keys and values have in common. Its bias stays a parameter and is added to keys."""
 
+    kvshare_biased = False  # whether it adds the bias all the same
+
     def forward(self, input: Tensor) -> Tensor:
         """(..., hidden) -> (..., kv heads * head_dim)."""
-        return nn.functional.linear(input, self.weight)
+        return nn.functional.linear(input, self.weight, self.bias if self.kvshare_biased else None)
 
 
 class FusedProjection(Conv1D):
@@ -53,12 +66,77 @@ class FusedProjection(Conv1D):
         return query + self.bias[:width], shared
 
 
+class RowsProjection(nn.Linear):
+    """qkv_proj, of which only the rows of queries and of keys are computed; those of values equal those of keys. It has no bias."""
+
+    kvshare_queries: int  # how many rows are of queries
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common: (..., query or kv heads * head_dim)."""
+        rows = (self.out_features - self.kvshare_queries) // 2
+        query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
+        return query, shared
+
+
+class GroupedProjection(nn.Linear):
+    """query_key_value, whose rows stand by KV heads: those of its query heads, of keys, of values. The last are not computed."""
+
+    kvshare_width: int  # head_dim
+    kvshare_heads: int  # KV heads
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common before biases: (..., query or kv heads * head_dim)."""
+        rows = self.weight.unflatten(0, (self.kvshare_heads, -1))[:, : -self.kvshare_width]  # (kv heads, rows of each, hidden)
+        flat = input.reshape(1, -1, input.shape[-1]).expand(self.kvshare_heads, -1, -1)
+        made = torch.bmm(flat, rows.transpose(1, 2)).transpose(0, 1)  # (tokens, kv heads, rows of each)
+        made = made.reshape(*input.shape[:-1], self.kvshare_heads, -1, self.kvshare_width)
+        query, shared = made[..., :-1, :], made[..., -1, :]
+        if self.bias is not None:
+            query = query + self.parts(self.bias)[:, :-2]
+        return query.flatten(-3), shared.flatten(-2)
+
+    def parts(self, rows: Tensor) -> Tensor:
+        """(rows, ...) -> (kv heads, query heads of each + 2, head_dim, ...)."""
+        return rows.unflatten(0, (self.kvshare_heads, -1, self.kvshare_width))
+
+
+class RepeatedProjection(GroupedProjection):
+    """As `GroupedProjection`, for attention that takes rows apart itself: what is shared stands there twice, without biases."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., hidden) -> (..., rows)."""
+        query, shared = super().forward(input)
+        by_head = (self.kvshare_heads, -1, self.kvshare_width)
+        shared = shared.unflatten(-1, by_head)
+        return torch.cat([query.unflatten(-1, by_head), shared, shared], -2).flatten(-3)
+
+
 class ValueBias(nn.Module):
     """What is left of v_proj: its bias, under the name it has in the checkpoint."""
 
     def __init__(self, bias: nn.Parameter) -> None:
         super().__init__()
         self.bias = bias
+
+
+def _bias(module: Any, like: Tensor) -> Any:
+    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there."""
+    bias = module.bias
+    if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
+        return bias
+    return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
+
+
+def _project(projection: Any, hidden: Tensor) -> Tensor:
+    """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
+    base = getattr(projection, "base_layer", None)
+    if base is None or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
+        return projection(hidden)
+    base.kvshare_biased = True
+    try:
+        return projection(hidden) - base.bias
+    finally:
+        base.kvshare_biased = False
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -89,11 +167,23 @@ def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
 
 
-def _rotated(rotate: Any, states: Tensor, tables: Rotary) -> Tensor:
-    """Rope on the first numbers of each head, as many as its tables are wide; states (batch, heads, tokens, head_dim)."""
-    width = tables[0].shape[-1]
+def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
+    """Rope on the first `width` numbers of each head; states (batch, heads, tokens, head_dim)."""
     turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
+
+
+def _norm_of(attention: Any, names: tuple[str, ...]) -> Any:
+    """The norm that an attention module has under one of these names; None where it has none."""
+    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)
+
+
+def _normed(norm: nn.Module, states: Tensor) -> Tensor:
+    """A norm of each head, or of all heads as one; states (batch, heads, tokens, head_dim)."""
+    if norm.weight.shape == states.shape[-1:]:
+        return norm(states)
+    by_token = states.transpose(1, 2)
+    return norm(by_token.flatten(2)).view(by_token.shape).transpose(1, 2)
 
 
 class ExactMaps(NamedTuple):
@@ -231,7 +321,7 @@ def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, 
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    _, weights = eager(attention, query, key, shared[..., :0], mask, scaling=attention.scaling)
+    _, weights = eager(attention, query, key, shared[..., :0], mask, scaling=attention.scaling, **_arguments(attention))
     values, bias = _maps(attention, shared.dtype).values, attention.v_proj.bias
     heads = (shared.shape[1], attention.head_dim)
     by_head = weights.flatten(1, 2).unsqueeze(1).to(values.dtype)  # (batch, 1, query heads * new tokens, slots)
@@ -243,58 +333,106 @@ def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, 
     return value.reshape(query.shape).transpose(1, 2).flatten(2).to(query.dtype), weights
 
 
+def _arguments(attention: Any) -> dict[str, Any]:
+    """What the family hands to the attention function beside the usual."""
+    named = ARGUMENTS.get(attention.config.model_type, {})
+    return {name: getattr(attention, attribute) for name, attribute in named.items()}
+
+
+def _rotates(attention: Any, layer_type: str) -> bool:
+    """Whether rope turns queries and keys of a layer."""
+    config = attention.config
+    if getattr(config, "alibi", False):
+        return False
+    if config.model_type in ROTATE_WINDOWS_ALONE:
+        return config.sliding_window is None or layer_type == "sliding_attention"
+    return bool(getattr(attention, "use_rope", True))
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class with q_proj, k_proj, v_proj and o_proj (or dense)."""
+    """The shared form of an attention class with q_proj, k_proj and v_proj, or one projection for all, and an output projection."""
     module = sys.modules[native.__module__]
-    rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
+    rotate, eager = getattr(module, "apply_rotary_pos_emb", None), module.eager_attention_forward
+    query_scale = getattr(module, "get_llama_4_attn_scale", None)
 
-    def bias_of(self: Any, projection: Any) -> Tensor:
+    def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
-        return _unique(projection.bias.view(-1, self.head_dim), self.kvshare_repeat)[:, None]
+        return _unique(bias.reshape(-1, self.head_dim), self.kvshare_repeat)[:, None]
+
+    def project(self: Any, output: Tensor) -> Tensor:
+        """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
+        output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
+        return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
 
     def forward(
         self: Any,
         hidden_states: Tensor,
-        position_embeddings: Rotary,
+        position_embeddings: Rotary = (),
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        key_position_embeddings: dict[str, Rotary] | None = None,
+        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = layer_past if past_key_values is None else past_key_values
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads)  # (batch, new tokens, query heads, head_dim)
-        if hasattr(self, "q_norm"):
-            query = self.q_norm(query)
-        query = query.transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
+        shared: Any = None
+        key_bias: Any = None
+        value_bias: Any = None
+        if hasattr(self, "qkv_proj"):
+            query, shared = self.qkv_proj(hidden_states)
+        elif hasattr(self, "query_key_value"):
+            query, shared = self.query_key_value(hidden_states)
+            bias = _bias(self.query_key_value, hidden_states)
+            if bias is not None:
+                key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
+        else:
+            query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
+            value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
+        query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
+        query_norm, key_norm = (_norm_of(self, names) for names in NORMS)
+        if query_norm is not None:
+            query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
-        shared = _keys_to_cache(self, hidden_states) if rounds else self.k_proj(hidden_states)
+        if shared is None:
+            shared = _keys_to_cache(self, hidden_states) if rounds else _project(self.k_proj, hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
+        implementation = self.config._attn_implementation
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
+        elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
+            shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
+            implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
 
-        key = shared
-        if self.k_proj.bias is not None:
-            key = key + bias_of(self, self.k_proj)
-        if hasattr(self, "k_norm"):
-            key = self.k_norm(key)
-        if getattr(self, "use_rope", True):
-            tables = key_position_embeddings[self.kvshare_layer_type] if key_position_embeddings else position_embeddings
-            query, key = _rotated(rotate, query, position_embeddings), _rotated(rotate, key, tables)
-        project = self.o_proj if hasattr(self, "o_proj") else self.dense
+        key, value = shared, None  # type: Any, Any
+        if key_bias is not None:
+            key = key + bias_of(self, key_bias)
+        if key_norm is not None:
+            key = _normed(key_norm, key)
         if not self.kvshare_exact:
-            value = shared if not hasattr(self, "v_proj") else shared + bias_of(self, self.v_proj)
+            value = shared if value_bias is None else shared + bias_of(self, value_bias)
         elif shared.shape[2] == hidden_states.shape[1]:  # nothing was cached before: these tokens' own inputs are at hand
             value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        elif _averages_first(self, query, attention_mask):
+        clip = getattr(self.config, "clip_qkv", None)
+        if clip is not None:
+            query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
+        if self.kvshare_rotates:
+            own, cached = position_embeddings[:2], position_embeddings[-2:]
+            width = own[0].shape[-1] * (2 if self.config.model_type in HALF_TABLES else 1)
+            query, key = _rotated(rotate, query, own, width), _rotated(rotate, key, cached, width)
+        if query_scale is not None:
+            rope = self.config.rope_parameters
+            scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
+            query = query * query_scale(kwargs["position_ids"], *scale).to(query.dtype)
+        if value is None and _averages_first(self, query, attention_mask):
             output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
-            return project(output), weights
-        else:
+            return project(self, output), weights
+        if value is None:
             value = _values_from_keys(self, shared)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
         window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
         output, weights = attend(
@@ -303,12 +441,13 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=next((getattr(self, name) for name in DROPOUTS if hasattr(self, name)), 0.0) if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=window,
+            sliding_window=window if getattr(self, "is_sliding", True) else None,
+            **_arguments(self),
             **kwargs,
         )
-        return project(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        return project(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the weights; what was made of them is made again when it is needed."""
@@ -319,11 +458,23 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _untouched_class(native: type[nn.Module]) -> type[nn.Module]:
-    """An attention class as it is, for layers beside shared ones."""
+def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
+    """A decoder layer that hands its attention the tables of cached keys beside those of new tokens: in some families nothing
+    but `position_embeddings` comes through.
+    """
 
-    def forward(self: Any, *args: Any, key_position_embeddings: dict[str, Rotary] | None = None, **kwargs: Any) -> Any:
-        return native.forward(self, *args, **kwargs)
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: Any = None,
+        key_position_embeddings: dict[str, Rotary] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        kind = getattr(_attention(self), "kvshare_layer_type", None)  # None in a layer that is not shared, or has no attention
+        if key_position_embeddings is not None and kind is not None:
+            position_embeddings = (*position_embeddings, *key_position_embeddings[kind])
+        return native.forward(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -346,7 +497,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
         if past_key_values is not None:
             shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
-        _, key_bias, value_bias = self.c_attn.bias.view(3, -1, 1, self.head_dim)
+        _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
         implementation = self.config._attn_implementation
@@ -359,6 +510,174 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+class _View:
+    """What attention that computes all by itself is given in place of the cache: it takes in what keys and values share, which that
+    attention hands it as values, and gives keys and values back.
+    """
+
+    def __init__(self, attention: Any, cache: Any, tables: Rotary | None) -> None:
+        self.attention, self.cache, self.tables = attention, cache, tables
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
+        own, projection = self.attention, self.attention.query_key_value
+        repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
+        shared = value[:, ::repeat]
+        if self.cache is not None:
+            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+        key, value = shared, shared
+        bias = _bias(projection, shared)
+        if bias is not None:
+            biases = projection.parts(bias)[:: own.kvshare_repeat, -2:, None]  # (kv heads, 2, 1, head_dim)
+            key, value = shared + biases[:, 0], shared + biases[:, 1]
+        if self.tables is not None:
+            rotate = sys.modules[type(own).__mro__[1].__module__].apply_rotary_pos_emb
+            key = _rotated(rotate, key, self.tables, key.shape[-1])
+        return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+
+
+@functools.cache
+def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class with query_key_value whose own forward is right but for the cache (falcon, bloom)."""
+
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, layer_past: Any = None, position_embeddings: Any = None, **kwargs: Any
+    ) -> Any:
+        tables = None
+        if position_embeddings is not None:  # of cached keys and, behind them, of new tokens, where these are not the same
+            new = hidden_states.shape[1]
+            tables = tuple(table[:, :-new] if table.shape[1] > new else table for table in position_embeddings)
+            kwargs["position_embeddings"] = tuple(table[:, -new:] for table in position_embeddings)
+        view = _View(self, layer_past, tables if self.kvshare_rotates else None)
+        return native.forward(self, hidden_states, *args, layer_past=view, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+@functools.cache
+def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class that looks cos and sin up in a table of its own (gptj)."""
+    rotate = sys.modules[native.__module__].apply_rotary_pos_emb
+
+    def turned(self: Any, states: Tensor, positions: Tensor) -> Tensor:
+        """Rope on the first numbers of each head; states (batch, heads, tokens, head_dim)."""
+        width = self.rotary_dim or self.head_dim
+        tables = self.embed_positions.to(positions.device)[positions].to(states.dtype)  # (batch or 1, tokens, width)
+        first = rotate(states[..., :width].transpose(1, 2), *tables.chunk(2, -1)).transpose(1, 2)
+        return torch.cat([first, states[..., width:]], -1)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        layer_past: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, shared = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj))
+        slots = position_ids
+        if layer_past is not None:
+            slots = key_positions(layer_past, self.layer_idx, position_ids)
+            shared, _ = layer_past.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+        output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
+        return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
+def _pages(cache: Any, layer: int) -> Any:
+    """What allocates the pages of a layer in continuous batching, if they are to hold what keys and values share; else None."""
+    allocator = getattr(cache, "layer_to_allocator", {}).get(layer)
+    return allocator if getattr(allocator, "kvshare_shared", False) else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Write new tokens into pages, and read the slots of all requests, one after the other.
+
+    Args:
+        shared: of the new tokens of all requests, (1, kv heads, new tokens, head_dim).
+        layer: its index.
+        kwargs: what continuous batching hands to attention.
+
+    Returns:
+        (1, kv heads, slots, head_dim), and what is left to hand to an attention function that knows of no pages.
+    """
+    allocator = _pages(kwargs["cache"], layer)
+    places = (kwargs[name][allocator.index] for name in ("read_index", "write_index"))
+    rows = allocator.update_shared(shared[0].transpose(0, 1), layer, *places)
+    left = {name: value for name, value in kwargs.items() if name not in ("cache", "read_index", "write_index", "block_table")}
+    lengths = {name: kwargs[name][allocator.layer_type] for name in ("cu_seq_lens_k", "max_length_k")}
+    return rows.transpose(0, 1)[None], left | lengths
+
+
+def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
+    """The position of every slot that attention reads from pages, (1, slots); of new tokens alone, where no others are read."""
+    allocator = _pages(cache, layer)
+    slots = 0 if allocator is None else kwargs["read_index"][allocator.index].numel()
+    if not slots:
+        return position_ids
+    ends = kwargs["cu_seq_lens_k"][allocator.layer_type].long()  # 0, and where each request ends
+    steps = torch.arange(slots, device=position_ids.device)
+    request = torch.searchsorted(ends[1:], steps, right=True).clamp(max=len(ends) - 2)
+    return (steps - ends[request])[None]
+
+
+def _refuse_values(cache: Any, layer: int) -> None:
+    """Refuse a cache that holds values of its own in a layer that is shared."""
+    held = cache.layers[layer] if layer < len(cache.layers) else None
+    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
+    if values is not None and values.dim() == 4 and values.shape[-1]:
+        raise ValueError(
+            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
+            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
+        )
+
+
+def _accept_empty(cache: Any) -> None:
+    """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
+    for layer in cache.layers:
+        if hasattr(layer, "_quantize") and "_quantize" not in vars(layer):
+            quantize, dequantize = layer._quantize, layer._dequantize
+            by_scale = "scale" in inspect.signature(quantize).parameters  # float8, which unpacks numbers and their scale
+
+            def store(x: Tensor, *args: Any, quantize: Any = quantize, by_scale: bool = by_scale, **kwargs: Any) -> Any:
+                if x.shape[-1]:
+                    return quantize(x, *args, **kwargs)
+                return quantize(x, scale=x.new_ones(())) if by_scale else x
+
+            def read(x: Any, dequantize: Any = dequantize) -> Tensor:
+                return x if isinstance(x, Tensor) and not x.shape[-1] else dequantize(x)
+
+            layer._quantize, layer._dequantize = store, read
+
+
+@functools.cache
+def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
+    new tokens, and makes one table of all.
+    """
+
+    def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            for layer in self.kvshare_kinds.values():
+                _refuse_values(past_key_values, layer)
+            _accept_empty(past_key_values)
+            if getattr(self, "rotary_emb", None) is not None:
+                given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+                if position_ids is None:
+                    position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
+                slots = key_positions(past_key_values, next(iter(self.kvshare_kinds.values()), 0), position_ids)
+                if slots is not position_ids:
+                    position_ids = torch.cat([slots, position_ids], 1)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
+        return native.forward(self, input_ids, past_key_values=past_key_values, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
 
 
 @functools.cache
@@ -378,21 +697,29 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and self.training and getattr(self, "gradient_checkpointing", False):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        positions: dict[str, Any] = {}
         if past_key_values is not None:
+            for layer in self.kvshare_kinds.values():
+                _refuse_values(past_key_values, layer)
+            _accept_empty(past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
-            if any(slots is not position_ids for slots in positions.values()):
-                kwargs["key_position_embeddings"] = {
-                    kind: self.rotary_emb(inputs_embeds, position_ids=slots) for kind, slots in positions.items()
-                }
+        elif kwargs.get("cache") is not None and position_ids is not None:
+            pages = kwargs["cache"]
+            positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
+        if any(slots is not position_ids for slots in positions.values()):
+            kwargs["key_position_embeddings"] = {
+                kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
+                for kind, slots in positions.items()
+            }
         return native.forward(
             self,
             attention_mask=attention_mask,
@@ -403,7 +730,13 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             **kwargs,
         )
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
+
+
+@classmethod  # type: ignore[misc]
+def _standard(cls: Any) -> bool:
+    """Names of tensors in files are those of the native class: transformers converts them only where code is its own."""
+    return False
 
 
 @functools.cache
@@ -421,16 +754,27 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         return loaded
 
     def save_pretrained(self: Any, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names."""
+        """Write the checkpoint as the native class expects it: heads repeated, the shared projection under both names; and this
+        file, which its config names.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
-            rows = self.config.num_key_value_heads * attention.head_dim
+            rows = attention.kvshare_stored * attention.head_dim
             for name in (f"{prefix}.{tensor}" for tensor in ("k_proj.weight", "k_proj.bias", "v_proj.bias")):
                 if name in state and len(state[name]) < rows:
                     heads = state[name].unflatten(0, (-1, attention.head_dim))
                     state[name] = heads.repeat_interleave(rows // len(state[name]), 0).flatten(0, 1)
         for name in [name for name in state if name.endswith(".k_proj.weight")]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
+        for name, attention in _shared_attention(self):
+            if (fused := f"{name}.query_key_value.weight") in state:
+                parts = attention.query_key_value.parts(state[fused])
+                state[fused] = torch.cat([parts[:, :-1], parts[:, -2:-1]], 1).flatten(0, 2)
+            if (fused := f"{name}.qkv_proj.weight") in state:
+                rows = attention.kvshare_stored * attention.head_dim
+                state[fused] = torch.cat([state[fused][:-rows], state[fused][-2 * rows : -rows]])
         for name in [name for name in state if name.endswith(".c_attn.weight")]:
             query, shared, _ = state[name].chunk(3, 1)
             state[name] = torch.cat([query, shared, shared], 1)
@@ -438,11 +782,13 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     members = {
         "__init__": initialise,
+        "_get_static_cache_init_shape": lambda self: None,  # keys and values of equal width
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
         "__module__": __name__,
         "__doc__": f"{native.__name__} with one cached tensor per token and layer where K and V are shared.",
         "config_class": native.config_class,
+        "is_custom_code": _standard,
         "_keys_to_ignore_on_load_unexpected": [*(native._keys_to_ignore_on_load_unexpected or ()), r"\.v_proj\.weight$"],
     }
     return type(native.__name__, (native,), members)
@@ -457,38 +803,78 @@ def _share(model: Any) -> None:
         raise ValueError(f"the kvshare block names the form {block.get('form')!r}; this file knows: {', '.join(FORMS)}")
     exact = block["form"] == "exact"
     decoder = model.get_decoder()
-    if hasattr(decoder, "h"):
-        for layer in block["layers"]:
-            fused = decoder.h[layer].attn
-            fused.c_attn.__class__ = FusedProjection
-            native_fused: Any = type(fused)
-            fused.__class__ = _fused_class(native_fused)
-        return
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    rope = getattr(decoder, "rotary_emb", None)
     kinds: dict[str, int] = {}
-    layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    stored = model.config.num_key_value_heads
-    for layer, heads in zip(block["layers"], block.get("kv_heads") or [stored] * len(block["layers"]), strict=True):
-        attention = decoder.layers[layer].self_attn
-        attention.kvshare_exact, attention.kvshare_maps = exact, None
-        if not exact:
-            value_bias = attention.v_proj.bias
-            del attention.v_proj
-            if value_bias is not None:
-                attention.v_proj = ValueBias(value_bias)
-        attention.k_proj.__class__ = SharedProjection
+    layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    for layer, heads in zip(block["layers"], block.get("kv_heads") or [None] * len(block["layers"]), strict=True):
+        attention = _attention(layers[layer])
+        if not hasattr(attention, "head_dim"):
+            attention.head_dim = attention.head_size
+        attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         native: Any = type(attention)
-        attention.__class__ = _attention_class(native)
+        attention.kvshare_exact, attention.kvshare_maps = exact, None
         attention.kvshare_layer_type = layer_types[layer]
-        attention.kvshare_repeat = stored // heads  # equal heads in a row of what the projection gives
-        attention.num_key_value_groups *= attention.kvshare_repeat
+        attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
+        attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
+        attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
+        if hasattr(attention, "num_key_value_groups"):
+            attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
-    for layer in set(range(len(decoder.layers))) - set(block["layers"]):
-        attention = decoder.layers[layer].self_attn
-        untouched: Any = type(attention)
-        attention.__class__ = _untouched_class(untouched)
     native_decoder: Any = type(decoder)
-    decoder.__class__ = _decoder_class(native_decoder)
     decoder.kvshare_kinds = kinds
+    if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
+        decoder.__class__ = _plain_decoder_class(native_decoder)
+        return
+    for layer in layers:
+        native_layer: Any = type(layer)
+        layer.__class__ = _layer_class(native_layer)
+    decoder.__class__ = _decoder_class(native_decoder)
+    decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(rope).forward).parameters
+
+
+def _share_projection(attention: Any, query_heads: int) -> Any:
+    """Have an attention module's projections compute once what K and V share; returns what makes its class that of the shared form.
+
+    Args:
+        attention: the module.
+        query_heads: how many its weights have.
+    """
+    if hasattr(attention, "c_attn"):
+        attention.c_attn.__class__ = FusedProjection
+        return _fused_class
+    if hasattr(attention, "qkv_proj"):
+        attention.qkv_proj.__class__ = RowsProjection
+        attention.qkv_proj.kvshare_queries = query_heads * attention.head_dim
+        return _attention_class
+    if hasattr(attention, "query_key_value"):
+        own = not hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
+        attention.query_key_value.__class__ = RepeatedProjection if own else GroupedProjection
+        attention.query_key_value.kvshare_width = attention.head_dim
+        attention.query_key_value.kvshare_heads = attention.kvshare_stored
+        return _viewing_class if own else _attention_class
+    if not attention.kvshare_exact:
+        value_bias = attention.v_proj.bias
+        del attention.v_proj
+        if value_bias is not None:
+            attention.v_proj = ValueBias(value_bias)
+    attention.k_proj.__class__ = SharedProjection
+    return _tabled_class if hasattr(attention, "embed_positions") else _attention_class
+
+
+def _attention(layer: Any) -> Any:
+    """The attention module of a decoder layer; None where it has none."""
+    return next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
+
+
+def _stored_heads(attention: Any, query_heads: int) -> int:
+    """How many KV heads the weights of an attention module have as they are in the checkpoint."""
+    if hasattr(attention, "k_proj"):
+        return attention.k_proj.weight.shape[0] // attention.head_dim
+    if hasattr(attention, "c_attn"):
+        return query_heads
+    fused = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.query_key_value
+    return (fused.weight.shape[0] // attention.head_dim - query_heads) // 2
 
 
 def _shared_attention(model: Any) -> list[tuple[str, Any]]:
@@ -499,10 +885,12 @@ def _shared_attention(model: Any) -> list[tuple[str, Any]]:
 def _forget_repeats(model: Any) -> None:
     """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
     for _, attention in _shared_attention(model):
+        if not hasattr(attention, "k_proj"):
+            continue
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
-        rows = model.config.num_key_value_heads * attention.head_dim
+        rows = attention.kvshare_stored * attention.head_dim
         whole = all(len(value) == rows for _, _, value in held)
         if attention.kvshare_repeat == 1 or not (plain and whole) or type(attention.k_proj) is not SharedProjection:
             continue

@@ -1,0 +1,171 @@
+"""Every family of the registry: converted, the shared form computes what the native form computes, with half the cache."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import kvshare
+from kvshare.errors import UnsupportedModelError
+from kvshare.evaluation import cached_numbers
+from kvshare.families import FAMILIES, family_of
+from kvshare.layerwise import read_weights
+from kvshare.layout import pack
+from kvshare.passes import attention_of
+from kvshare.recipe import Recipe
+from kvshare.training import _lora_targets, _modules
+
+
+def test_every_family_has_a_model_in_the_tests() -> None:
+    assert {model_type for model_type, _ in (SOURCES | FAMILY_SOURCES).values()} == set(FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def forms(
+    once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str
+) -> Callable[[str, str], Path]:
+    """A checkpoint converted by `mean` or `svd`, by the source's key; nothing is measured on the way."""
+
+    def get(key: str, init: str) -> Path:
+        settings: dict[str, Any] = {} if init == "mean" else {"calibration": text_file, "calibration_tokens": 1024}
+        return once(
+            f"family-{key}-{init}",
+            lambda folder: kvshare.convert(source_folder(key), folder, recipe=QUICK, init=init, eval_mode="off", **settings),
+        )
+
+    return get
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("key", FAMILY_SOURCES)
+@torch.no_grad()
+def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, str], Path], key: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(Path(kvshare.__file__).parent / "tiny", padding_side="left")
+    inputs = dict(tokenizer([TEXT[0], TEXT[1][:40]], return_tensors="pt", padding=True, return_token_type_ids=False))
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    source, native, shared = (
+        loaded(source_folder(key)),
+        loaded(forms(key, "svd")),
+        kvshare.load(forms(key, "svd"), dtype=torch.float32),
+    )
+
+    # what the closed form is told of rope, norms and biases is right: it does better than a mean
+    wanted, got = source(**inputs).logits, native(**inputs).logits
+    naive = loaded(forms(key, "mean"))(**inputs).logits
+    assert (got - wanted)[real].square().mean() < 0.7 * (naive - wanted)[real].square().mean()
+
+    # the shared form is the native form, at once and through a cache that was filled before
+    torch.testing.assert_close(shared(**inputs).logits[real], got[real], atol=1e-4, rtol=0)
+    cache = DynamicCache(config=shared.config)
+    parts = [shared(part, past_key_values=cache).logits for part in ids[:1].split(9, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), native(ids[:1]).logits, atol=1e-4, rtol=0)
+
+    settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
+    expected, given = native.generate(**inputs, **settings), shared.generate(**inputs, **settings)
+    assert torch.equal(expected.sequences, given.sequences)
+    parts = 2 * (2 if key == "falcon" else 1)  # natively, falcon caches each KV head once for every query head that it serves
+    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+
+    # and it can be healed
+    family = family_of(shared.config.model_type)
+    assert len(_modules(shared, family, shared.config.kvshare["layers"], "k")) == 2  # lfm2 has three layers
+    trained = {name.rpartition(".")[2] for name in _lora_targets(shared, Recipe().heal, family.k, [])}
+    assert trained & {"o_proj", "dense", "out_proj"}
+
+
+@pytest.mark.parametrize("key", ["gemma3_text", "cohere", "glm", "phi3", "olmo2"])
+def test_weights_are_read_and_written_without_loss(source_folder: Callable[[str], Path], key: str) -> None:
+    model = loaded(source_folder(key))
+    family = family_of(model.config.model_type)
+    attention = attention_of(model.model.layers[0], family)
+    stored = dict(attention.named_parameters())
+    for name, value in pack(read_weights(attention, family, 8, 4 if key == "glm" else 8), family).items():
+        assert torch.equal(value.to(stored[name].dtype), stored[name]), name
+
+
+@pytest.mark.parametrize("key", ["phi3", "gemma2", "cohere2", "gpt_oss", "qwen3_moe", "falcon"])
+@torch.no_grad()
+def test_a_family_with_fewer_heads(
+    once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str, key: str
+) -> None:
+    settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 1024, "eval_mode": "off", "recipe": QUICK}
+    folder = once(f"family-{key}-1", lambda folder: kvshare.convert(source_folder(key), folder, kv_heads=1, **settings))
+    native, shared = loaded(folder), kvshare.load(folder, dtype=torch.float32)
+    ids = torch.arange(100, 140)[None]
+    expected, given = native(ids), shared(ids)
+    torch.testing.assert_close(given.logits, expected.logits, atol=1e-4, rtol=0)
+    parts = 2 * (4 if key == "falcon" else 1)
+    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+    assert family_of(shared.config.model_type).kv_heads_of(shared.config.to_dict(), 4) == 1
+
+
+@pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text", "opt", "gpt_neox", "falcon", "gptj", "lfm2"])
+def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp_path: Path, key: str) -> None:
+    kvshare.load(forms(key, "svd")).save_pretrained(tmp_path)
+    before, after = (loaded(path).state_dict() for path in (forms(key, "svd"), tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_experts_are_read_by_remote_code(
+    forms: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    folder, ids = forms("qwen3_moe", "svd"), torch.arange(100, 140)[None]
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(remote).__module__.startswith("transformers_modules")
+    with torch.no_grad():
+        torch.testing.assert_close(remote(ids).logits, loaded(folder)(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_heads_that_are_normed_as_one_are_not_merged(source_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(kvshare.KVShareError, match="norms the keys of all heads as one"):
+        kvshare.plan(source_folder("olmo2"), kv_heads=1)
+
+
+def test_layers_without_keys_and_values_stay_untouched(
+    source_folder: Callable[[str], Path], forms: Callable[[str, str], Path], text_file: str, tmp_path: Path
+) -> None:
+    plan = kvshare.plan(source_folder("lfm2"), heal=False)
+    assert plan.layer_heads == (0, 2, 2)
+    assert plan.reasons[0].startswith("layers 0 have no K and V and stay untouched")
+    assert not any(".layers.0." in tensor.name for tensor in plan.tensors if tensor.action == "merge")
+    assert plan.cache_bytes_per_token == 2 * 2 * 8 * 4
+    found = kvshare.inspect(source_folder("lfm2"), tmp_path / "seen", data=text_file, tokens=512)
+    assert [layer.refused for layer in found.layers] == ["it has no K and V", None, None]
+    for settings in ({"cache_budget": 0.3}, {"init": "exact"}):
+        with pytest.raises(kvshare.KVShareError):
+            kvshare.plan(source_folder("lfm2"), heal=False, **settings)
+    shutil.copytree(forms("lfm2", "mean"), tmp_path / "damaged")
+    edit_json(tmp_path / "damaged" / "config.json", lambda config: config["kvshare"].update(layers=[0, 1]))
+    with pytest.raises(kvshare.KVShareError, match="K and V in part only"):
+        kvshare.load(tmp_path / "damaged")
+    shutil.copytree(source_folder("lfm2"), tmp_path / "none")
+    edit_json(tmp_path / "none" / "config.json", lambda config: config.update(layer_types=["conv"] * 3))
+    with pytest.raises(UnsupportedModelError, match="no layer with K and V"):
+        kvshare.plan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", ["falcon-one-head", "bloom", "gptj"])
+def test_heads_that_no_config_counts_are_not_merged(source_folder: Callable[[str], Path], key: str) -> None:
+    with pytest.raises(kvshare.KVShareError, match="take kv_heads all"):
+        kvshare.plan(source_folder(key), cache_budget=0.6)
+
+
+def test_what_is_cached_as_one_already_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="latent"):
+        family_of("deepseek_v3")
+    with pytest.raises(UnsupportedModelError, match=r"mistral, .*\n.*did you mean 'qwen3_moe'"):
+        family_of("qwen3_mo")

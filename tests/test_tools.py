@@ -1,0 +1,170 @@
+"""A checkpoint in other tools' hands: adapters, FSDP2, continuous batching, offloaded caches, saving and loading again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL, random_model
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers.generation.continuous_batching import cache as paged
+
+import kvshare
+from kvshare.errors import UnsupportedModelError
+from kvshare.paged import shared_pages
+from kvshare.verification import verify_form
+
+IDS = torch.arange(100, 130)[None]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+KEYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("qwen2", {}),
+    "window": ("mistral", {"sliding_window": 12}),
+    "both kinds": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
+    """A checkpoint with random weights by its key in KEYS; those of K and V were averaged."""
+
+    def make(key: str, folder: Path) -> None:
+        model_type, fields = KEYS[key]
+        kvshare.convert(
+            random_model(folder / "source", model_type, **SMALL, **fields), folder / "out", init="mean", heal=False, eval_mode="off"
+        )
+
+    return lambda key: once(f"tools-{key}", lambda folder: make(key, folder)) / "out"
+
+
+def native(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The paged caches that are made."""
+    made: list[Any] = []
+    begin = paged.PagedAttentionCache.__init__
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(paged.PagedAttentionCache, "__init__", keep)
+    return made
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("key", ["biases", "window", "both kinds"])
+def test_continuous_batching(folder: Callable[[str], Path], pages: list[Any], key: str, attention: str) -> None:
+    prompts = [list(range(100, 130)), list(range(200, 207)), list(range(300, 351))]
+    config = GenerationConfig(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    tokens = []
+    for load, pages_for in ((native, nullcontext), (kvshare.load, nullcontext), (kvshare.load, shared_pages)):
+        model = load(folder(key)).float()
+        model.set_attn_implementation(attention)
+        # requests are longer than a page, and than what a forward takes
+        settings = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
+        with pages_for(model):
+            outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=settings, warmup=False)
+        tokens.append([output.generated_tokens for output in outputs.values()])
+    assert tokens[0] == tokens[1] == tokens[2]
+    sizes = [{kind: allocator.bytes_per_page for kind, allocator in cache.cache_allocators.items()} for cache in pages]
+    assert sizes[0] == sizes[1]
+    assert sizes[2] == {kind: size // 2 if kind == "full_attention" else size for kind, size in sizes[0].items()}
+
+
+def test_models_without_shared_pages_are_refused(
+    mixed_folder: Callable[[str], Path], converted_folder: Callable[..., Path], folder: Callable[[str], Path]
+) -> None:
+    for model, why in (
+        (kvshare.load(mixed_folder("qwen3")), "do not all share"),
+        (kvshare.load(converted_folder("gpt2")), "gpt2 models"),
+        (native(folder("biases")), "shared form"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=why), shared_pages(model):
+            pass
+
+
+class Stream:
+    """What stands for a CUDA stream where there is none."""
+
+    def wait_stream(self, _other: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_offloaded_caches(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Stream", lambda *_, **__: Stream())
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: Stream())
+    outputs = []
+    for load in (native, kvshare.load):
+        model = load(folder("biases"))
+        outputs.append(model.generate(IDS, past_key_values=DynamicCache(config=model.config, offloading=True), **SETTINGS))
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers) for output in outputs]
+    assert 2 * sizes[1] == sizes[0]
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_fsdp2(folder: Callable[[str], Path], mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    whole, sharded = (kvshare.load(folder("biases"), dtype=torch.float32) for _ in range(2))
+    for module in (*sharded.model.layers, sharded):
+        fully_shard(module, mesh=mesh)
+    for model in (whole, sharded):
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+    expected = dict(whole.named_parameters())
+    for name, value in sharded.named_parameters():
+        torch.testing.assert_close(value.grad.full_tensor(), expected[name].grad, atol=1e-6, rtol=0)
+    assert torch.equal(sharded.generate(IDS, **SETTINGS).sequences, whole.generate(IDS, **SETTINGS).sequences)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_merged_and_saved(
+    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dora: bool
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    targets = ["q_proj", "k_proj", "o_proj", "up_proj"]
+    config = LoraConfig(r=4, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
+    model = get_peft_model(kvshare.load(folder("biases"), dtype=torch.float32), config)
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        trained, before = model(IDS).logits, kvshare.load(folder("biases"), dtype=torch.float32)(IDS).logits
+    tokens = model.generate(input_ids=IDS, **SETTINGS).sequences
+    assert float((trained - before).abs().max()) > 0.1
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+
+    assert verify_form(tmp_path / "merged") == 2
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["auto_map"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True, dtype=torch.float32).eval()
+    outputs = [loaded.generate(IDS, **SETTINGS) for loaded in (native(tmp_path / "merged"), again)]
+    with torch.no_grad():
+        torch.testing.assert_close(native(tmp_path / "merged")(IDS).logits, trained, atol=1e-4, rtol=0)
+    assert torch.equal(outputs[0].sequences, tokens)
+    assert torch.equal(outputs[1].sequences, tokens)
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers) for output in outputs]
+    assert 2 * sizes[1] == sizes[0]
