@@ -248,7 +248,8 @@ def measure_recall(book: Book, options: argparse.Namespace) -> None:
                 f"{init} {count} recall",
                 lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, options.recall_data), options),
             )
-        book.measure(f"svd {count} healed recall", lambda c=count: healed_recall(teller, "svd", c, options))
+        for init in ("svd", "learned"):
+            book.measure(f"{init} {count} healed recall", lambda c=count, i=init: healed_recall(teller, i, c, options))
 
 
 def main() -> None:
