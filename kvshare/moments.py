@@ -54,14 +54,16 @@ class Attending:
     bias: Tensor | None = None
 
     def weights(self, scores: Tensor, heads: slice) -> tuple[Tensor, Tensor | float]:
-        """Attention weights of some query heads from scores (rows, queries, i, j), and the derivative of capped scores."""
+        """Attention weights of some query heads from scores (rows, queries, i, j), which are used up, and the derivative of capped
+        scores.
+        """
         slope: Tensor | float = 1.0
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = capped * self.softcap, 1 - capped.square()
         if self.bias is not None:
             scores = scores + self.bias[heads].to(scores)
-        scores = scores.masked_fill(~self.visible, -torch.inf)
+        scores.masked_fill_(~self.visible, -torch.inf)
         if self.sinks is None:
             return scores.softmax(-1), slope
         sinks = self.sinks[heads].to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
@@ -122,7 +124,10 @@ class MomentSums:
             return (states if bias is None else states + bias.to(inputs)).view(rows, tokens, -1, w.head_dim).transpose(1, 2)
 
         bare = torch.stack([heads(w.k, None), heads(w.v, None)], 1)  # (rows, 2, kv heads, tokens, head_dim), without biases
-        keys, values = heads(w.k, w.k_bias), heads(w.v, w.v_bias)  # (rows, kv heads, tokens, head_dim)
+        keys, values = (
+            part if bias is None else part + bias.to(part).view(-1, 1, w.head_dim)
+            for part, bias in zip(bare.unbind(1), (w.k_bias, w.v_bias), strict=True)
+        )  # (rows, kv heads, tokens, head_dim)
         queries = heads(w.q, w.q_bias)  # (rows, query heads, tokens, head_dim)
         relative = torch.ones_like(keys[..., 0])  # what an error of a key counts: norms ignore scale
         if w.key_norm is not None:
@@ -159,9 +164,13 @@ class MomentSums:
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
             attention, slope = attending.weights(scores, own)
-            costs = self._costs(attention, values[:, head, None], own) * relative[:, head, None, None] * slope**2
+            costs = self._costs(attention, values[:, head, None], own)
+            if w.key_norm is not None:
+                costs *= relative[:, head, None, None]
+            if isinstance(slope, Tensor):
+                costs *= slope.square()
             scores = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
-            importance[:, head] = (costs * scores).sum((1, 2))
+            importance[:, head] = (scores.transpose(-1, -2) @ costs).sum((1, 2))
             self._add_metric(queries[:, own], costs, head, attending)
             self._add_values(attention, bare, head)
         # Far from first order, a key that nobody reads may be changed so much that it is read.
@@ -175,7 +184,8 @@ class MomentSums:
         outputs = attention @ values  # (rows, queries, i, head_dim)
         read = values @ metric  # (rows, queries, j, head_dim)
         squares = (read * values).sum(-1)[..., None, :] + ((outputs @ metric) * outputs).sum(-1, keepdim=True)
-        return attention.square() * (squares - 2 * outputs @ read.transpose(-1, -2)).clamp_min(0)
+        costs = squares - 2 * outputs @ read.transpose(-1, -2)
+        return costs.clamp_min_(0).mul_(attention).mul_(attention)  # in place: these are large
 
     def _add_metric(self, queries: Tensor, costs: Tensor, head: int, attending: Attending) -> None:
         """R_j^T (sum_i W_ij q_i q_i^T) R_j at some tokens j of each row."""
@@ -183,8 +193,9 @@ class MomentSums:
         at = torch.arange(0, tokens, max(1, tokens // METRIC_TOKENS), device=queries.device)
         total = torch.zeros(width, width, dtype=torch.float64, device=queries.device)
         for row in range(rows):
-            weighted = costs[row][:, :, at].transpose(1, 2)[..., None] * queries[row, :, None]  # (queries, j, i, head_dim)
-            outer = torch.einsum("qjic,qid->cjd", weighted, queries[row])[:, None]  # (head_dim, 1, j, head_dim)
+            read = queries[row].flatten(0, 1)  # (queries * i, head_dim)
+            weighted = costs[row][:, :, at].permute(2, 0, 1).flatten(1)[None] * read.T[:, None]  # (head_dim, j, queries * i)
+            outer = (weighted.flatten(0, 1) @ read).view(width, 1, len(at), width)
             turned = attending.unrotate(outer, at).transpose(0, 3)  # rotated on one side, then on the other
             total += attending.unrotate(turned.contiguous(), at).double().sum((1, 2))
         self.metric[head] += total
