@@ -1,6 +1,6 @@
 """Train a small model that really looks things up in its context, so that recall can be measured before and after a conversion.
 
-    python benchmarks/recall_model.py --out recall-model --minutes 40
+    python benchmarks/recall_model.py --out recall-model --minutes 72
     python benchmarks/quality.py ... --recall-model recall-model --recall recall-model/questions.jsonl \
         --recall-data recall-model/ledgers.txt
 
@@ -148,7 +148,7 @@ def train(model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=72)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
