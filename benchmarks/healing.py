@@ -69,7 +69,7 @@ class Bench:
         self.questions = read_questions(options.recall) if options.recall else None
         family = family_of(self.source.model_type)
         self.heads = int(self.source.config.get(family.kv_heads or "", 0)) or int(
-            self.source.config[family.field("num_attention_heads")]
+            self.source.config[family.field("num_attention_heads", self.source.config)]
         )
 
     def teacher(self) -> Any:

@@ -189,8 +189,8 @@ def inspected(folder: Path, rows: Tensor | None = None) -> Inspection:
     skeleton = open_skeleton(planned.source, planned.family)
     layers = tuple(inspect_layers(skeleton, planned, rows_of() if rows is None else rows, CPU))
     config, merges = planned.source.config, planned.family.kv_heads is not None
-    hidden = int(config[planned.family.field("hidden_size")])
-    queries = int(config[planned.family.field("num_attention_heads")])
+    hidden = int(config[planned.family.field("hidden_size", config)])
+    queries = int(config[planned.family.field("num_attention_heads", config)])
     shape = (planned.source_kv_heads, queries, planned.head_dim, hidden, 32, merges)
     return Inspection(folder, folder.name, None, planned.family.model_type, *shape, "self", 240, 0, layers)
 
