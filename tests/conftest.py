@@ -274,7 +274,7 @@ def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: st
         layers = tuple((Damage(heads, head_units((heads,), plan.source_kv_heads), 0.0, 0.0),) for heads in chosen)
         return Sensitivity(layers, chosen, units, units, Agreement(math.nan, math.nan, math.nan), 0)
 
-    text = {"calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 512}
+    text = {"calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 1024}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvshare.conversion.measure_sensitivity", choose)
         kvshare.convert(source, output, recipe=QUICK, cache_budget=1.0, **{"heal": False, **text, **settings})

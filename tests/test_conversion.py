@@ -134,7 +134,8 @@ def test_a_model_that_shares_already_comes_back_the_same(
 ) -> None:
     source = Path(shutil.copytree(source_folder(key), tmp_path / "source"))
     tensors = load_file(source / "model.safetensors")
-    shared = tied(tensors, family_of(SOURCES[key][0]))
+    heads = json.loads((source / "config.json").read_text()).get("num_key_value_heads", 8)
+    shared = tied(tensors, family_of(SOURCES[key][0]), (8, heads))
     save_file({name: value.clone() for name, value in shared.items()}, source / "model.safetensors", metadata={"format": "pt"})
     kvshare.convert(
         source, tmp_path / "out", calibration=text_file, calibration_tokens=4096, heal=False, eval_data=text_file, eval_tokens=512
