@@ -129,11 +129,11 @@ def rows(name: str, folder: Path, modes: list[str], repeats: int) -> Iterator[tu
 def small_models(only: str, root: Path) -> Iterator[tuple[str, Path]]:
     """The models of the tests, converted, by their names there."""
     sys.path.insert(0, str(TESTS))
-    from conftest import FAMILY_SOURCES, SMALL, SOURCES, random_model
+    from conftest import FAMILY_SOURCES, SMALL, SOURCES, TIED_SOURCES, random_model
 
-    for name, (model_type, fields) in (SOURCES | FAMILY_SOURCES).items():
+    for name, (model_type, fields) in (SOURCES | FAMILY_SOURCES | TIED_SOURCES).items():
         if re.search(only, name):
-            source = random_model(root / name / "source", model_type, **(SMALL if name in FAMILY_SOURCES else {}) | fields)
+            source = random_model(root / name / "source", model_type, **({} if name in SOURCES else SMALL) | fields)
             kvshare.convert(source, root / name / "out", init="mean", heal=False, eval_mode="off")
             yield name, root / name / "out"
 

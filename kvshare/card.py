@@ -130,6 +130,11 @@ def _story(config: dict[str, Any]) -> str:
             f"Prepared by kvshare {block['version']}: the weights are the source's own, bit for bit. The cache keeps the keys of\n"
             f"all {heads} heads, and values are made of them by `W_V W_K^-1`, at the price of more arithmetic.\n{origin}"
         )
+    if family_of(config["model_type"]).tied:
+        return (
+            f"Prepared by kvshare {block['version']}: the weights are the source's own, bit for bit. {_form(config)};\n"
+            f"the cache keeps that projection's output in place of both.\n{origin}"
+        )
     healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
     init = f"`{block['recipe']['init']}` initialisation"
     return f"Converted by kvshare {block['version']}: {_form(config)}, {init}, {healing}.\n{origin}"
@@ -199,16 +204,19 @@ def _loading(config: dict[str, Any]) -> str:
     """With half the cache, and without custom code."""
     block = config["kvshare"]
     heads = config.get("num_key_value_heads", block["source"]["num_key_value_heads"])
+    cache = f"full-size cache ({heads} KV heads for K and for V)"
     training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
     if block["form"] == "exact":
         training = "It trains\nas any model of its family does; a cache that was filled before a weight changed is void."
+    if family_of(config["model_type"]).tied:
+        cache, training = "full-size cache", "It trains\nas any model of its family does."
     return f"""With the smaller cache:
 
     AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)   # runs modeling_kvshare.py of this folder
     kvshare.load("<this folder>")                                                    # the same, without remote code
 
 Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
-full-size cache ({heads} KV heads for K and for V). {training}"""
+{cache}. {training}"""
 
 
 def _limits(exact: bool) -> str:

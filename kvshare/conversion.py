@@ -174,7 +174,7 @@ def convert(
         check_same(earlier[JOB], job, work_folder(target))  # in all of them, so that none waits for one that has refused
     shares = processes.count() > 1 and MERGED not in earlier
     progress = progress if processes.is_first() else silent
-    rows = calibration_rows(settings, tokenizer, None, progress) if shares and calibrates(settings) else None
+    rows = calibration_rows(settings, tokenizer, None, progress) if shares and calibrates(plan.recipe) else None
     processes.meet()  # all have looked at output and work before one of them writes
     if not processes.is_first():
         work, journal = work_folder(target), Journal(work_folder(target) / JOURNAL, earlier)

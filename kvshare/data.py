@@ -270,9 +270,11 @@ def self_rows(
 
 def _cache_bytes(config: PreTrainedConfig) -> int:
     """Bytes per token of the model's cache in float32."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * 4 * int(config.num_hidden_layers) * int(heads) * int(width)
+    numbers = 0
+    for layer in getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers:
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        numbers += int(heads) * int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    return 2 * 4 * numbers
 
 
 def rows_per_forward(length: int, vocabulary: int) -> int:

@@ -21,7 +21,8 @@ SHARED: tuple[Part, Part] = ("k", "v")
 @dataclass(frozen=True)
 class Geometry:
     """The counts and widths that the shapes of all projections follow from; `hidden` is hidden_size. `attention` are the layers
-    that have K and V, of all `layers`.
+    that have K and V, of all `layers`; in a tied family, those in which one projection makes both, of which head_dim and KV heads
+    are, and `apart` those with K and V in two.
     """
 
     layers: int
@@ -30,6 +31,7 @@ class Geometry:
     head_dim: int
     hidden: int
     attention: Sequence[int]
+    apart: Sequence[int] = ()
 
     @property
     def shapes(self) -> dict[Part, tuple[int, int]]:
@@ -53,7 +55,7 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
 
     Raises:
         BadCheckpointError: a field that is missing, no whole number or contradicts others; NaN or infinity in any field.
-        UnsupportedModelError: no layer has K and V.
+        UnsupportedModelError: no layer has K and V, or, in a tied family, makes them by one projection.
     """
     values = []
     for key in (family.field(name, config) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
@@ -64,8 +66,12 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
             )
         values.append(value)
     layers, query_heads, hidden = values
-    kv_heads = family.kv_heads_of(config, query_heads)
-    head_dim = config.get("head_dim") or hidden // query_heads
+    attention: Sequence[int] = range(layers)  # not a list: the config may claim any number
+    apart: Sequence[int] = ()
+    kv_heads, head_dim = family.kv_heads_of(config, query_heads), config.get("head_dim") or hidden // query_heads
+    if family.tied:
+        attention, apart = _tied_layers(config, family, layers, model)
+        kv_heads, head_dim = _tied_sizes(config, attention, model)
     if not (type(kv_heads) is type(head_dim) is int) or min(kv_heads, head_dim) < 1 or query_heads % kv_heads or head_dim % 2:
         raise BadCheckpointError(
             f"config.json of {model} contradicts itself",
@@ -77,7 +83,6 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
             raise BadCheckpointError(
                 f"config.json of {model} holds NaN or infinity", f"it stands in {key}", "download the model again"
             )
-    attention: Sequence[int] = range(layers)  # not a list: the config may claim any number
     if family.without:
         attention = [layer for layer in attention if family.attends(config, layer)]
         if not attention:
@@ -86,7 +91,45 @@ def geometry_of(config: Mapping[str, Any], family: Family, model: str) -> Geomet
                 f"all its layers are {' or '.join(family.without)} layers, which keep no keys and values of earlier tokens",
                 "use it as it is: there is nothing to share",
             )
-    return Geometry(layers, query_heads, kv_heads, head_dim, hidden, attention)
+    return Geometry(layers, query_heads, kv_heads, head_dim, hidden, attention, apart)
+
+
+def _tied_layers(config: Mapping[str, Any], family: Family, layers: int, model: str) -> tuple[list[int], list[int]]:
+    """The layers in which one projection makes K and V, and those with one for each; others borrow from an earlier layer."""
+    kinds = config.get("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise BadCheckpointError(
+            f"config.json of {model} has no usable layer_types", f"it must name {layers} layers", "download the model again"
+        )
+    tied = [layer for layer in range(layers) if family.attends(config, layer)]
+    if not tied:
+        raise UnsupportedModelError(
+            f"{model} has no layer in which one projection makes K and V",
+            f"kvshare halves the cache of such layers (attention_k_eq_v) of a {family.model_type} model; where K and V are apart, "
+            "values have a norm of their own, which no closed form knows",
+            "use it as it is, or choose a model of another family",
+        )
+    return tied, [layer for layer in range(layers) if layer not in tied and not family.borrows(config, layer)]
+
+
+def _tied_sizes(config: Mapping[str, Any], attention: Sequence[int], model: str) -> tuple[Any, Any]:
+    """KV heads and head_dim of the layers in which one projection makes K and V, whatever stands there, if it is no number."""
+    usual = {name: config.get(name) for name in ("num_key_value_heads", "head_dim")}
+    found = []
+    for layer in attention:
+        own, every = {"head_dim": config.get("global_head_dim", 512)}, config.get("per_layer_config")
+        if isinstance(config.get("num_global_key_value_heads"), int):
+            own["num_key_value_heads"] = config["num_global_key_value_heads"]
+        if isinstance(every, dict):
+            own = every.get(str(layer), {})
+        found.append(usual | own if isinstance(own, dict) else usual)
+    if any(sizes != found[0] for sizes in found):
+        raise UnsupportedModelError(
+            f"the layers of {model} in which one projection makes K and V differ in size",
+            f"per_layer_config gives them {', '.join(str(sizes) for sizes in found[:3])}",
+            "choose another model",
+        )
+    return found[0]["num_key_value_heads"], found[0]["head_dim"]
 
 
 def _finite(value: Any) -> bool:

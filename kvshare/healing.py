@@ -213,7 +213,7 @@ def check_heal(folder: Path, target: Path, source: Source, settings: Recipe, mea
     processes.require_copies()
     overwrite = overwrite or (resume and is_published(target, read_journal(work_folder(target) / JOURNAL)))
     texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
-    if verify(folder).form == "exact":
+    if verify(folder).form == "exact" or family_of(str(read_json(folder / "config.json").get("model_type"))).tied:
         raise UsageError(
             f"{folder} has nothing to heal",
             "its weights are its source's own: it computes what the teacher computes",

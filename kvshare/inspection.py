@@ -33,6 +33,7 @@ from kvshare.source import ITEM_BYTES, Source, open_source
 from kvshare.spectra import HeadFigures, head_figures, joint_energies
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import best_device
+from kvshare.tied import require_apart
 
 
 def inspect(
@@ -92,7 +93,9 @@ def inspect(
 def inspection_plan(source: Source, data: str | None, tokens: int | None, seed: int | None) -> Plan:
     """The plan of the conversion that an inspection is of, from the arguments of `inspect`, which see."""
     recipe = load_recipe(None, calibration__data=data, calibration__tokens=tokens or INSPECTED_TOKENS, seed=seed)
-    return make_plan(source, recipe)
+    plan = make_plan(source, recipe)
+    require_apart(plan.family, source.name)
+    return plan
 
 
 def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:

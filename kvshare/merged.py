@@ -281,7 +281,7 @@ def _merged_layers(
         if own is not None and not own(index):
             yield MergedLayer(None, None, None, None)
             continue
-        if not plan.layer_heads[index]:
+        if not plan.layer_heads[index] or plan.family.tied:
             layer = None if skeleton is None else read_layer(skeleton, index, device)
             yield MergedLayer(layer, layer, None, None)
             continue

@@ -74,7 +74,7 @@ def shared_pages(model: Any) -> Iterator[None]:
     why = None
     if not block or block["form"] != "shared" or not hasattr(decoder, "kvshare_kinds"):
         why = "it is not a model in the shared form"
-    elif not hasattr(decoder, "kvshare_tables_by_kind"):
+    elif not hasattr(decoder, "kvshare_tables_by_kind") or any(hasattr(part, "kvshare_value_norm") for part in decoder.modules()):
         why = f"the attention of {model.config.model_type} models knows of no pages, or has no rope"
     elif {*zip(block["layers"], block["kv_heads"], strict=True)} != {
         (layer, getattr(model.config, "num_key_value_heads", None)) for layer in range(model.config.num_hidden_layers)

@@ -21,6 +21,7 @@ from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, one_process_because, require_exact
 from kvshare.sizes import bytes_of, shard_files
 from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
+from kvshare.tied import tied_reasons, tied_recipe
 
 Action = Literal["copy", "merge"]
 
@@ -241,9 +242,12 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     layers, source_heads, head_dim, hidden = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.hidden
     require_attention(source.tensors, family, geometry, source.name)
     reasons: list[str] = []
+    if family.tied:
+        recipe = tied_recipe(recipe, source.name)
     if recipe.cache_budget is None:
         heads = resolve_heads(recipe.kv_heads, source_heads, reasons)
-        chosen = tuple(heads if layer in geometry.attention else 0 for layer in range(layers))
+        without = {layer: None if layer in geometry.apart else 0 for layer in range(layers) if layer not in geometry.attention}
+        chosen = tuple(without.get(layer, heads) for layer in range(layers))
     elif len(geometry.attention) < layers:
         raise UsageError(
             f"{source.name} cannot have a cache budget",
@@ -269,7 +273,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     shapes = geometry.shapes
     merged: dict[str, tuple[int, ...]] = {}
     for layer in geometry.attention:
-        untouched = chosen is not None and chosen[layer] is None
+        untouched = family.tied or (chosen is not None and chosen[layer] is None)
         for part in PARTS:
             changes = not untouched and recipe.init != "exact" and (part in "kv" or recipe.init in CALIBRATED)
             after = shapes | {"k": (heads * head_dim, hidden), "v": (heads * head_dim, hidden)}
@@ -299,9 +303,15 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     elif family.kv_heads and family.merges_heads(config):
         output_config[family.kv_heads] = heads
     output_config.pop("auto_map", None)
-    if recipe.init != "exact":
+    apart = 0  # bytes of layers that keep K and V in two
+    for spec in (source.tensors.get(family.weight(layer, "k")) for layer in geometry.apart):
+        apart += 0 if spec is None else 2 * spec.shape[0] * ITEM_BYTES[spec.dtype]
+    if family.tied:
+        units = heads * len(geometry.attention)
+        reasons.extend(tied_reasons(geometry))
+    elif recipe.init != "exact":
         reasons.extend(form_reasons(recipe.cache_budget, chosen, layers, source_heads, heads))
-    if recipe.init == "mean":
+    if recipe.init == "mean" and not family.tied:
         reasons.append("init mean is the naive baseline; svd costs one pass over a little text and loses far less")
     plan = Plan(
         source,
@@ -314,8 +324,8 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         chosen,
         head_dim,
         tensors,
-        2 * source_heads * len(geometry.attention) * per_head,
-        units * per_head,
+        2 * source_heads * len(geometry.attention) * per_head + apart,
+        units * per_head + apart,
         tuple(reasons),
         max_shard_bytes,
     )

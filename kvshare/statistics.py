@@ -37,6 +37,7 @@ from kvshare.recipe import Recipe, load_recipe
 from kvshare.source import open_source, read_header, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import best_device, read_tensor
+from kvshare.tied import require_apart
 from kvshare.verification import listed_files
 
 DESCRIPTION = "statistics.json"
@@ -92,6 +93,7 @@ def calibrate(
     settings = calibration_recipe(recipe, kv_heads, data, tokens, seed)
     target, source = Path(output), open_source(model)
     plan = make_plan(source, settings)
+    require_apart(plan.family, source.name)
     tokenizer = check_calibration(plan, target, overwrite)
     with workspace(target) as work:
         device = best_device()

@@ -201,6 +201,16 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
         {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
     ),
 }
+# models that make K and V by one projection themselves, in layers of full attention: nothing is merged
+GEMMA4 = {"attention_k_eq_v": True, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "sliding_window": 12}
+GEMMA4 |= {"hidden_size_per_layer_input": 0, "num_hidden_layers": 4, "layer_types": 2 * ["sliding_attention", "full_attention"]}
+BORROWED = {"num_hidden_layers": 6, "layer_types": 3 * ["sliding_attention", "full_attention"], "num_kv_shared_layers": 2}
+BORROWED |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 4096, "attention_bias": True}
+BORROWED |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+TIED_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text": ("gemma4_text", GEMMA4),
+    "gemma4_text-borrowed": ("gemma4_text", GEMMA4 | BORROWED),
+}
 # as many numbers in the keys of a token as in its hidden state: these have an exact form, with llama-mha and the bundled model
 SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
     "square-bias": ("llama", {"num_key_value_heads": 8, "attention_bias": True}),
@@ -236,13 +246,13 @@ def own_text(once: Callable[[str, Callable[[Path], Any]], Path]) -> tuple[str, s
 
 @pytest.fixture(scope="session")
 def source_folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Path]:
-    """A source model by its key in SOURCES, SQUARE or FAMILY_SOURCES, made once; `tiny` is the bundled, really trained one."""
+    """A source model by its key in one of these tables, made once; `tiny` is the bundled, really trained one."""
 
     def get(key: str) -> Path:
         if key == "tiny":
             return TINY_FOLDER
-        model_type, fields = (SOURCES | SQUARE | FAMILY_SOURCES)[key]
-        small = SMALL if key in FAMILY_SOURCES else {}
+        model_type, fields = (SOURCES | SQUARE | FAMILY_SOURCES | TIED_SOURCES)[key]
+        small = SMALL if key in FAMILY_SOURCES | TIED_SOURCES else {}
         return once(f"source-{key}", lambda folder: random_model(folder, model_type, **small | fields))
 
     return get

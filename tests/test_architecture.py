@@ -18,7 +18,7 @@ LAYERS = [
     ["parsing"],
     ["sections", "families", "source", "budget", "repeats", "processes"],
     ["recipe", "mixture", "geometry"],
-    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination"],
+    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination", "tied"],
     ["planning", "merge", "data", "native"],
     ["moments", "layout", "duration"],
     ["activations"],

@@ -9,22 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json
+from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT, TIED_SOURCES, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kvshare
-from kvshare.errors import UnsupportedModelError
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.evaluation import cached_numbers
 from kvshare.families import FAMILIES, family_of
 from kvshare.layerwise import read_weights
 from kvshare.layout import pack
+from kvshare.paged import shared_pages
 from kvshare.passes import attention_of
 from kvshare.recipe import Recipe
+from kvshare.source import open_source
+from kvshare.tensors import read_tensor
 from kvshare.training import _lora_targets, _modules
 
 
 def test_every_family_has_a_model_in_the_tests() -> None:
-    assert {model_type for model_type, _ in (SOURCES | FAMILY_SOURCES).values()} == set(FAMILIES)
+    assert {model_type for model_type, _ in (SOURCES | FAMILY_SOURCES | TIED_SOURCES).values()} == set(FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +159,126 @@ def test_layers_without_keys_and_values_stay_untouched(
     edit_json(tmp_path / "none" / "config.json", lambda config: config.update(layer_types=["conv"] * 3))
     with pytest.raises(UnsupportedModelError, match="no layer with K and V"):
         kvshare.plan(tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", TIED_SOURCES)
+@torch.no_grad()
+def test_keys_and_values_of_one_projection_are_cached_once(
+    source_folder: Callable[[str], Path], forms: Callable[[str, str], Path], tmp_path: Path, key: str
+) -> None:
+    folder, borrowed = forms(key, "svd"), key == "gemma4_text-borrowed"
+    plan = kvshare.plan(source_folder(key))
+    assert plan.layer_heads == (None, 1, None, 1, *([0, 0] if borrowed else []))
+    assert [reason.split()[1:3] for reason in plan.reasons] == [["1,", "3"], ["0,", "2"], *([["4,", "5"]] if borrowed else [])]
+    assert {tensor.action for tensor in plan.tensors} == {"copy"}
+    assert (plan.source_cache_bytes_per_token, plan.cache_bytes_per_token) == (4 * (2 * 32 + 2 * 32), 4 * (2 * 32 + 2 * 16))
+    assert not plan.recipe.heal.enabled
+    assert kvshare.verify(folder).layers == 2
+    before, after = (open_source(path).tensors for path in (source_folder(key), folder))
+    assert before.keys() == after.keys()
+    assert all(
+        torch.equal(read_tensor(source_folder(key), spec), read_tensor(folder, after[name])) for name, spec in before.items()
+    )
+
+    native, shared = loaded(source_folder(key)), kvshare.load(folder, dtype=torch.float32)
+    ids = torch.arange(100, 140).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :25] = 0
+    wanted = native(ids, attention_mask=mask).logits
+    assert torch.equal(shared(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
+    cache = DynamicCache(config=shared.config)
+    parts = [shared(part, past_key_values=cache).logits for part in ids[:1].split(9, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), wanted[:1], atol=1e-4, rtol=0)
+    settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
+    for more in ({}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
+        expected, given = (model.generate(ids, attention_mask=mask, **settings, **more) for model in (native, shared))
+        assert torch.equal(expected.sequences, given.sequences)
+        for layer, (full, part) in enumerate(
+            zip(expected.past_key_values.layers[:4], given.past_key_values.layers[:4], strict=True)
+        ):
+            assert part.keys.numel() == full.keys.numel() == full.values.numel()
+            assert part.values.numel() == (0 if layer in (1, 3) else full.values.numel())
+
+    shared.save_pretrained(tmp_path)
+    kept, saved = native.state_dict(), loaded(tmp_path).state_dict()
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in kept.items())
+    with pytest.raises(UnsupportedModelError, match="knows of no pages"), shared_pages(shared):
+        pass
+
+
+def test_keys_and_values_of_one_projection_by_remote_code(
+    forms: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    folder, ids = forms("gemma4_text-borrowed", "mean"), torch.arange(100, 140)[None]
+    remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(remote).__module__.startswith("transformers_modules")
+    with torch.no_grad():
+        found = remote(ids, use_cache=True)
+        assert torch.equal(found.logits, loaded(folder)(ids).logits)
+    assert found.past_key_values.layers[1].values.shape[-1] == 0
+
+
+def test_one_projection_is_measured_and_said_in_the_card(
+    source_folder: Callable[[str], Path], text_file: str, tmp_path: Path
+) -> None:
+    found = kvshare.convert(source_folder("gemma4_text"), tmp_path / "out", eval_data=text_file, eval_tokens=1024)
+    assert found.heal is None
+    assert found.report is not None
+    assert found.report.kl == found.report.perplexity_increase == 0
+    assert found.report.cache_bytes_per_token < 0.7 * found.report.source_cache_bytes_per_token
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the weights are the source's own, bit for bit" in card
+    assert "K and V are one projection in 2 of 4 layers" in card
+    with pytest.raises(UsageError, match="nothing to heal"):
+        kvshare.heal(tmp_path / "out", tmp_path / "healed", source=source_folder("gemma4_text"), data=text_file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"init": "exact", "heal": False}, "init exact"),
+        ({"cache_budget": 0.3}, "a cache budget"),
+        ({"kv_heads": 1}, "fewer KV heads"),
+        ({"heal": False, "eval_mode": "layers"}, "layer by layer"),
+    ],
+)
+def test_what_one_projection_cannot_have(source_folder: Callable[[str], Path], settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=f"one projection already, and cannot have .*{named}"):
+        kvshare.plan(source_folder("gemma4_text"), **settings)
+
+
+def test_one_projection_by_the_words_of_a_config(source_folder: Callable[[str], Path], text_file: str, tmp_path: Path) -> None:
+    source, folder = source_folder("gemma4_text"), tmp_path / "source"
+    for verb in (kvshare.inspect, kvshare.calibrate):
+        with pytest.raises(UnsupportedModelError, match="nothing to merge"):
+            verb(source, tmp_path / "out", data=text_file, tokens=512)
+    shutil.copytree(source, folder)
+
+    def as_published(config: dict[str, Any]) -> None:
+        del config["per_layer_config"]
+        config.update(global_head_dim=16, num_global_key_value_heads=1)
+
+    edit_json(folder / "config.json", as_published)
+    assert kvshare.plan(folder).layer_heads == (None, 1, None, 1)
+    kvshare.convert(folder, tmp_path / "out", eval_mode="off")
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        wanted, got = loaded(source)(ids).logits, kvshare.load(tmp_path / "out", dtype=torch.float32)(ids).logits
+    assert torch.equal(wanted, got)
+
+    edit_json(folder / "config.json", lambda config: config.update(per_layer_config={"1": {"head_dim": 16}, "3": {"head_dim": 8}}))
+    with pytest.raises(UnsupportedModelError, match="differ in size"):
+        kvshare.plan(folder)
+    edit_json(folder / "config.json", lambda config: config.update(attention_k_eq_v=False))
+    with pytest.raises(UnsupportedModelError, match="no layer in which one projection makes K and V"):
+        kvshare.plan(folder)
+    edit_json(folder / "config.json", lambda config: config.update(layer_types=["full_attention"]))
+    with pytest.raises(BadCheckpointError, match="layer_types"):
+        kvshare.plan(folder)
 
 
 @pytest.mark.parametrize("key", ["falcon-one-head", "bloom", "gptj"])

@@ -32,7 +32,9 @@ class Family:
     pairs that lie half of them apart, or side by side in `interleaved` families.
 
     Where `q`, `k` and `v` are one name, they are rows of one tensor in this order; in `grouped_rows` families KV head by KV head,
-    each with the rows of its query heads, its own of k and its own of v. `transposed` families store weights as (in, out), which is
+    each with the rows of its query heads, its own of k and its own of v. Where `k` and `v` alone are one name, layers of full
+    attention make both by that one projection, if the config says `attention_k_eq_v`; these alone share a cache, and no weight
+    changes. `transposed` families store weights as (in, out), which is
     transformers' Conv1D. `kv_heads` is the config's field for the number of KV heads; without one, or with a wide norm, heads
     cannot be merged. It counts where the field `kv_heads_where` is true; where that is false, there is one KV head if
     `multi_query` is true, and otherwise one per query head. `fields` are what older configs call a field, by its usual name, and
@@ -66,7 +68,12 @@ class Family:
     @property
     def fused(self) -> bool:
         """Whether one tensor holds q, k and v."""
-        return self.k == self.v
+        return self.q == self.k == self.v
+
+    @property
+    def tied(self) -> bool:
+        """Whether K and V of the layers that attend are made by one projection natively."""
+        return self.k == self.v != self.q
 
     def merges_heads(self, config: Mapping[str, Any]) -> bool:
         """Whether a model with this config may have fewer KV heads."""
@@ -80,11 +87,19 @@ class Family:
         return (config.get(self.kv_heads) if self.kv_heads else None) or query_heads
 
     def attends(self, config: Mapping[str, Any], layer: int) -> bool:
-        """Whether a layer of a model has K and V."""
+        """Whether a layer of a model has K and V; in a tied family, whether one projection makes them."""
         kinds, attending = config.get("layer_types"), config.get("full_attn_idxs")
+        if self.tied:
+            full = isinstance(kinds, list) and layer < len(kinds) and kinds[layer] == "full_attention"
+            return full and bool(config.get("attention_k_eq_v")) and not self.borrows(config, layer)
         if self.without and kinds is None and isinstance(attending, list):  # as older configs say it
             return layer in attending
         return not self.without or not isinstance(kinds, list) or layer >= len(kinds) or kinds[layer] not in self.without
+
+    def borrows(self, config: Mapping[str, Any], layer: int) -> bool:
+        """Whether a layer of a model reads the keys and values of an earlier one, and caches none."""
+        layers, last = config.get(self.field("num_hidden_layers", config)), config.get("num_kv_shared_layers")
+        return type(layers) is type(last) is int and layer >= layers - last
 
     @property
     def stack(self) -> str:
@@ -105,7 +120,8 @@ class Family:
 
     def stored_shape(self, part: Part, shapes: Mapping[Part, tuple[int, int]], bias: bool = False) -> tuple[int, ...]:
         """The shape of the tensor that holds projection `part`, or its bias, from the (out, in) shapes of all projections."""
-        rows = sum(shapes[other][0] for other in PARTS if getattr(self, other) == getattr(self, part))
+        held = [other for other in PARTS if getattr(self, other) == getattr(self, part)] if self.fused else [part]
+        rows = sum(shapes[other][0] for other in held)
         columns = shapes[part][1]
         return (rows,) if bias else (columns, rows) if self.transposed else (rows, columns)
 
@@ -144,6 +160,7 @@ FAMILIES: dict[str, Family] = {
             post_norm=True,
             only={"use_bidirectional_attention": False},
         ),
+        Family("gemma4_text", v="k_proj", query_norm="q_norm", key_norm="k_norm", post_norm=True, kv_heads=None),
         Family("phi3", q="qkv_proj", k="qkv_proj", v="qkv_proj"),
         Family("olmo"),
         Family("olmo2", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),

@@ -556,6 +556,38 @@ def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
 
+class _TiedView(NamedTuple):
+    """What attention that makes K and V by one projection is given in place of the cache: it hands over what both are made of as
+    values, because its norm of values is taken out, and is given keys and values of all slots.
+    """
+
+    attention: Any
+    cache: Any
+    rotate: Any
+    tables: Rotary
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Both (batch, kv heads, new tokens, head_dim); so are the keys and values of all slots."""
+        own, shared = self.attention, value
+        if self.cache is not None:
+            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+        return self.rotate(own.k_norm(shared), *self.tables), own.kvshare_value_norm(shared)
+
+
+@functools.cache
+def _tied_class(native: type[nn.Module]) -> type[nn.Module]:
+    """The shared form of an attention class that makes K and V by one projection itself, and norms both (gemma4)."""
+    rotate = sys.modules[native.__module__].apply_rotary_pos_emb
+
+    def forward(
+        self: Any, hidden_states: Tensor, position_embeddings: Rotary, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        view = _TiedView(self, past_key_values, rotate, position_embeddings[-2:])
+        return native.forward(self, hidden_states, position_embeddings[:2], *args, past_key_values=view, **kwargs)
+
+    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+
+
 @functools.cache
 def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class that looks cos and sin up in a table of its own (gptj)."""
@@ -698,6 +730,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+            if getattr(self, "hidden_size_per_layer_input", 0) and kwargs.get("per_layer_inputs") is None:
+                # of embeddings alone, the decoder would look for the tokens that have them
+                kwargs["per_layer_inputs"] = self.get_per_layer_inputs(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and self.training and getattr(self, "gradient_checkpointing", False):
             use_cache = False
@@ -766,7 +801,8 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 if name in state and len(state[name]) < rows:
                     heads = state[name].unflatten(0, (-1, attention.head_dim))
                     state[name] = heads.repeat_interleave(rows // len(state[name]), 0).flatten(0, 1)
-        for name in [name for name in state if name.endswith(".k_proj.weight")]:
+        tied = {f"{name}.k_proj.weight" for name, attention in _shared_attention(self) if hasattr(attention, "kvshare_value_norm")}
+        for name in [name for name in state if name.endswith(".k_proj.weight") and name not in tied]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
         for name, attention in _shared_attention(self):
             if (fused := f"{name}.query_key_value.weight") in state:
@@ -853,6 +889,9 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
         attention.query_key_value.kvshare_width = attention.head_dim
         attention.query_key_value.kvshare_heads = attention.kvshare_stored
         return _viewing_class if own else _attention_class
+    if attention.v_proj is None:
+        attention.kvshare_value_norm, attention.v_norm = attention.v_norm, nn.Identity()
+        return _tied_class
     if not attention.kvshare_exact:
         value_bias = attention.v_proj.bias
         del attention.v_proj
@@ -885,7 +924,7 @@ def _shared_attention(model: Any) -> list[tuple[str, Any]]:
 def _forget_repeats(model: Any) -> None:
     """Keep one of every run of equal heads. Weights that are not whole and plain in memory (offloaded, distributed) stay."""
     for _, attention in _shared_attention(model):
-        if not hasattr(attention, "k_proj"):
+        if not hasattr(attention, "k_proj") or hasattr(attention, "kvshare_value_norm"):
             continue
         projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
         held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
