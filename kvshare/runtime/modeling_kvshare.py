@@ -33,6 +33,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from .kvshare_attention import cached_tables, decode, key_positions
+
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
 Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once more of the cached keys, where there are any
@@ -142,29 +144,6 @@ def _project(projection: Any, hidden: Tensor) -> Tensor:
 def _unique(x: Tensor, repeat: int) -> Tensor:
     """One of every `repeat` equal heads: (..., stored heads, head_dim) -> (..., stored heads / repeat, head_dim)."""
     return x if repeat == 1 else x[..., ::repeat, :]
-
-
-def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
-    """The position of every slot that attention will read in `layer`, before the cache takes the new tokens in.
-
-    Counted back from the last query: `generate` gives left padding the position 0, so the first one tells nothing.
-
-    Args:
-        cache: a transformers cache.
-        layer: a layer of the kind whose slots are wanted.
-        position_ids: (batch or 1, new tokens).
-
-    Returns:
-        (batch or 1, slots); slots of padding hold any number, attention masks them.
-    """
-    new = position_ids.shape[-1]
-    slots, offset = cache.get_mask_sizes(new, layer)
-    if slots == new:
-        return position_ids
-    past = cache.get_query_offset(layer) if hasattr(cache, "get_query_offset") else cache.get_seq_length(layer)
-    steps = torch.arange(slots, device=position_ids.device) + offset - past - (new - 1)
-    # The empty tail of a static cache lies beyond the last token; scaled ropes must not see such positions.
-    return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
 
 
 def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
@@ -360,6 +339,14 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         """(kv heads, 1, head_dim)."""
         return _unique(bias.reshape(-1, self.head_dim), self.kvshare_repeat)[:, None]
 
+    def scaled(self: Any, query: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Queries as they are, or by the position as Llama 4 scales them."""
+        if query_scale is None:
+            return query
+        rope = self.config.rope_parameters
+        scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
+        return query * query_scale(arguments["position_ids"], *scale).to(query.dtype)
+
     def project(self: Any, output: Tensor) -> Tensor:
         """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
         output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
@@ -405,6 +392,22 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
             implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
+        if len(position_embeddings) > 4:  # a kernel makes keys of them where it reads them
+            if self.kvshare_rotates:
+                width = position_embeddings[0].shape[-1] * self.kvshare_table_repeat
+                query = _rotated(rotate, query, position_embeddings[:2], width)
+            query = scaled(self, query, kwargs)
+            output = decode(
+                self,
+                query,
+                shared,
+                position_embeddings[2:],
+                attention_mask,
+                None if key_bias is None else bias_of(self, key_bias),
+                None if value_bias is None else bias_of(self, value_bias),
+                _arguments(self),
+            )
+            return project(self, output.flatten(2)), None
 
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
@@ -420,12 +423,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
         if self.kvshare_rotates:
             own, cached = position_embeddings[:2], position_embeddings[-2:]
-            width = own[0].shape[-1] * (2 if self.config.model_type in HALF_TABLES else 1)
+            width = own[0].shape[-1] * self.kvshare_table_repeat
             query, key = _rotated(rotate, query, own, width), _rotated(rotate, key, cached, width)
-        if query_scale is not None:
-            rope = self.config.rope_parameters
-            scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
-            query = query * query_scale(kwargs["position_ids"], *scale).to(query.dtype)
+        query = scaled(self, query, kwargs)
         if value is None and _averages_first(self, query, attention_mask):
             output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
             return project(self, output), weights
@@ -715,11 +715,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         elif kwargs.get("cache") is not None and position_ids is not None:
             pages = kwargs["cache"]
             positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
-        if any(slots is not position_ids for slots in positions.values()):
-            kwargs["key_position_embeddings"] = {
-                kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
-                for kind, slots in positions.items()
-            }
+        tables = cached_tables(self, inputs_embeds, positions, position_ids, kwargs)
+        if tables:
+            kwargs["key_position_embeddings"] = tables
         return native.forward(
             self,
             attention_mask=attention_mask,
@@ -815,6 +813,7 @@ def _share(model: Any) -> None:
         native: Any = type(attention)
         attention.kvshare_exact, attention.kvshare_maps = exact, None
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_table_repeat = 2 if model.config.model_type in HALF_TABLES else 1
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
         attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
@@ -822,7 +821,7 @@ def _share(model: Any) -> None:
             attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
-    decoder.kvshare_kinds = kinds
+    decoder.kvshare_kinds, decoder.kvshare_plan = kinds, None
     if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
