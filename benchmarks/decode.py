@@ -110,9 +110,10 @@ def prepare(shape: Shape, batch: int, context: int, dtype: torch.dtype) -> tuple
 
     def step() -> Tensor:
         out = kvshare_cpu.decode_on_cpu(
-            query.float() * scaling,
+            query,
             shared,
             (begins, within),
+            scaling=scaling,
             adjacent=False,
             mask=None,
             key_bias=None,

@@ -62,7 +62,7 @@ def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.
         return torch.stack([cosine, sine], -2).float()
 
     own = (first + slots - new + torch.arange(new))[:, None, :, None] * frequencies
-    query = rotated(query.double(), own, adjacent).float()
+    query = rotated(query.double(), own, adjacent).to(dtype)
     where, at = torch.arange(slots), torch.arange(slots - new, slots)[:, None]
     masks = {
         "bool mask": torch.rand(batch, 1, new, slots, generator=generator) < 0.7,
@@ -72,6 +72,7 @@ def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.
         "window": ((where <= at) & (where > at - 50))[None, None],
     }
     options: dict[str, Any] = {
+        "scaling": head_dim**-0.5,
         "adjacent": adjacent,
         "mask": next((mask for kind, mask in masks.items() if kind in more), None),
         "key_bias": 3 * normal(heads, head_dim) if "key bias" in more else None,
@@ -83,8 +84,8 @@ def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.
     }
     tables = (table(first + torch.arange(0, slots, tile), scale), table(torch.arange(tile), 1.0)) if width else None
     angles = (first + where)[..., None].double() * frequencies
-    expected = shared_attention(query, shared, angles, scaling=head_dim**-0.5, rope_scale=scale, **options)
-    return {"query": query * head_dim**-0.5, "shared": shared, "tables": tables, **options}, expected
+    expected = shared_attention(query, shared, angles, rope_scale=scale, **options)
+    return {"query": query, "shared": shared, "tables": tables, **options}, expected
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -193,16 +194,69 @@ def test_families_decode_through_the_kernel(model_of: Callable[..., Any], monkey
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
-@needs_compiler
+TRITON = ("llama-gqa", "qwen3", "qwen2", "smollm3", "phi", "mistral-window", "gemma2", "gpt_oss", "cohere")
+
+
+@pytest.mark.parametrize("key", TRITON)
 @torch.no_grad()
-def test_static_caches_decode_through_the_kernel(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families_prefill_and_decode_through_the_triton_kernel(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    model = model_of(key)
+    ids = torch.arange(100, 148).view(2, 24)
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    monkeypatch.setenv(kvshare_attention.VARIABLE, "eager")
+    expected = logits_of_steps(model, ids, mask, 1)
+    monkeypatch.setenv(kvshare_attention.VARIABLE, "triton")
+    got = logits_of_steps(model, ids, mask, 1)
+    assert model.get_decoder().kvshare_choice.backend == "triton"
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+
+
+# some change their frequencies where a sequence grows beyond 16 tokens
+ROPES: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 16},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 16,
+        "factor": 32.0,
+    },
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("rope", "backend"), [*((rope, "compiled") for rope in ROPES), ("longrope", "triton")])
+@torch.no_grad()
+def test_scaled_ropes(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rope: str, backend: str) -> None:
+    fields = {"rope_parameters": {"rope_theta": 1e4, "rope_type": rope, **ROPES[rope]}}
+    model = model_of("llama-gqa", max_position_embeddings=16 if rope == "dynamic" else 512, **fields)
+    ids, logits = torch.arange(100, 136).view(2, 18), []
+    for chosen in ("eager", backend):
+        monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
+        cache = transformers.DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([14, *[1] * 4], 1)]
+        assert model.get_decoder().kvshare_choice.backend == chosen
+        logits.append(torch.cat(parts, 1))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@torch.no_grad()
+def test_static_caches_decode_through_the_kernel(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     model = model_of("mistral-window")
     ids, logits = torch.arange(100, 180).view(2, 40), []
-    for backend in ("eager", "compiled"):
-        monkeypatch.setenv(kvshare_attention.VARIABLE, backend)
+    for chosen in ("eager", backend):
+        monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.StaticCache(config=model.config, max_cache_len=90)
         logits.append(logits_of_steps(model, ids, torch.ones_like(ids), 4, cache=cache))
-        assert model.get_decoder().kvshare_choice.backend == backend
+        assert model.get_decoder().kvshare_choice.backend == chosen
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
@@ -218,7 +272,7 @@ def test_the_choice_and_its_reason(model_of: Callable[..., Any], monkeypatch: py
         model(torch.arange(new)[None], past_key_values=cache, **settings)
         return decoder.kvshare_choice
 
-    assert chosen(300) == ("compiled", "1 new of 301 tokens on the CPU in torch.float32")
+    assert chosen(300) == ("compiled", "1 new of 301 tokens on cpu in torch.float32")
     assert chosen(20) == ("eager", "21 slots are fewer than 256")
     assert "new tokens" in chosen(300, 20).reason
     assert "attention weights" in chosen(300, output_attentions=True).reason

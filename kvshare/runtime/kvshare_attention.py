@@ -9,6 +9,7 @@ Never: computes something else than the eager form, up to rounding.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -115,7 +116,14 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
     return None
 
 
-def tile_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str]) -> tuple[Tensor, Tensor]:
+def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str]) -> Tensor:
+    """Rope of every slot, (batch or 1, slots, 2, pairs): cosines and sines, float32; arguments as for `tile_tables`."""
+    return torch.stack([table[..., list(pairs.columns)] for table in rotary(inputs[..., :1].float(), slots, *kind)], 2)
+
+
+def tile_tables(
+    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], by_number: bool
+) -> tuple[Tensor, Tensor]:
     """Rope where each tile of the cache begins, and within a tile: together they give every slot's.
 
     Rope of a sum of positions is the product of their rotations, so no table has to be as long as the cache. What cosines are
@@ -127,25 +135,24 @@ def tile_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: 
         slots: positions of consecutive slots, (batch or 1, slots).
         pairs: how the family rotates.
         kind: the layer type, where the rotary embedding wants it.
+        by_number: whether tables have a column for each number that is rotated, sines with the sign of their term.
 
     Returns:
-        (batch or 1, tiles, 2, n) and (TILE, 2, n), float32: cosines and sines of each pair, n = width / 2; where pairs lie side by
-        side, of each number, n = width, with the sign of its term.
+        (batch or 1, tiles, 2, pairs) and (TILE, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
     """
-    tile, count, last = TILE, slots.shape[1], slots.amax()
-    begins = slots[:, :1] + torch.arange(0, count, tile, device=slots.device)
-    # beyond the last token lies the empty tail of a static cache
-    begins = torch.minimum(begins, last)
-    within = torch.arange(tile, device=slots.device).expand(len(slots), tile)
+    last = slots.amax()
+    begins = slots[:, :1] + torch.arange(0, slots.shape[1], TILE, device=slots.device)
+    begins = torch.minimum(begins, last)  # beyond the last token lies the empty tail of a static cache
+    # backwards from 0: positions beyond the last would change frequencies
+    within = -torch.arange(TILE, device=slots.device).expand(len(slots), TILE)
     every = torch.cat([begins, within, last.expand(len(slots), 1)], 1)
-    cosine, sine = (table[..., list(pairs.columns)] for table in rotary(inputs[..., :1].float(), every, *kind))
-    cosine, sine = cosine[:, :-1], sine[:, :-1]
-    scale = cosine[:1, begins.shape[1], None, None]  # at position 0
-    if pairs.adjacent:
-        cosine, sine = cosine.repeat_interleave(2, -1), torch.stack([-sine, sine], -1).flatten(-2)
-        scale = scale.repeat_interleave(2, -1)
-    tables = torch.stack([cosine, sine], 2)
-    return tables[:, : begins.shape[1]].contiguous(), (tables[0, begins.shape[1] :] / scale[0, 0]).contiguous()
+    tables, count = slot_tables(rotary, inputs, every, pairs, kind), begins.shape[1]
+    first, second = tables[:, :count], tables[0, count:-1]
+    second = second / second[:1, :1] * torch.tensor([[1.0], [-1.0]], device=slots.device)  # by the cosine of position 0
+    if by_number:
+        sign = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], device=slots.device)
+        first, second = ((table[..., None] * sign[:, None]).flatten(-2) for table in (first, second))
+    return first.contiguous(), second.contiguous()
 
 
 class Plan(NamedTuple):
@@ -194,36 +201,53 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
     return None
 
 
+def _kernel_tables(
+    decoder: Any, inputs: Tensor, slots: Tensor, pairs: Pairs | None, kind: list[str], choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """As a kernel takes them; of each slot, followed by nothing, where many tokens are new: their positions may be any."""
+    if pairs is None:
+        return (inputs.new_empty(0, dtype=torch.float32),) * 2
+    if inputs.shape[1] > FEW:
+        tables = slot_tables(decoder.rotary_emb, inputs, slots, pairs, kind)
+        return tables, tables.new_empty(0)
+    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, pairs.adjacent and choice.backend == "compiled")
+
+
 def cached_tables(
-    decoder: Any, inputs: Tensor, positions: dict[str, Tensor], arguments: dict[str, Any]
-) -> dict[str, tuple[Tensor, ...]]:
+    decoder: Any, inputs: Tensor, positions: dict[str, Tensor], given: Any, arguments: dict[str, Any]
+) -> dict[str, tuple[Any, ...]]:
     """Rope of every cached token, by kind of layer, in the form that the forward's attention takes it in.
 
     Args:
         decoder: in shared form; its `kvshare_choice` becomes what was chosen.
         inputs: embeddings of the new tokens, (batch, new tokens, hidden).
-        positions: of slots, (batch or 1, slots).
+        positions: of slots, (batch or 1, slots); `given`, the positions of new tokens themselves, where these are all.
+        given: positions of the new tokens.
         arguments: of the forward.
 
     Returns:
-        cosines and sines of each slot, (batch or 1, slots, width), where attention is eager; otherwise tables of tiles and within
-        a tile, see `tile_tables`, and the positions.
+        cosines and sines of each slot, (batch or 1, slots, width), where attention is eager; otherwise the backend, and tables of
+        tiles and within a tile, see `tile_tables`. Nothing where there is nothing in the cache but what this forward brings.
     """
+    if not positions:
+        return {}
     choice = choose(decoder, inputs, max(slots.shape[1] for slots in positions.values()), arguments)
+    if choice.backend == "eager" and all(slots is given for slots in positions.values()):
+        return {}
     if not torch.compiler.is_compiling():
         if getattr(decoder, "kvshare_choice", None) != choice:
             LOGGER.debug("%s attention: %s", *choice)
         decoder.kvshare_choice = choice
-    tables: dict[str, tuple[Tensor, ...]] = {}
+    tables: dict[str, tuple[Any, ...]] = {}
     for kind, slots in positions.items():
         named = [kind] if decoder.kvshare_tables_by_kind else []
         if choice.backend == "eager":
             tables[kind] = decoder.rotary_emb(inputs, slots, *named)
         else:
-            pairs = decoder.kvshare_plan.pairs[kind]
-            none = inputs.new_empty(0, dtype=torch.float32)
-            tiles = (none, none) if pairs is None else tile_tables(decoder.rotary_emb, inputs, slots, pairs, named)
-            tables[kind] = (*tiles, slots)
+            tables[kind] = (
+                choice.backend,
+                *_kernel_tables(decoder, inputs, slots, decoder.kvshare_plan.pairs[kind], named, choice),
+            )
     return tables
 
 
@@ -256,20 +280,22 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
         return Choice("eager", f"{VARIABLE} asks for it")
     if torch.compiler.is_compiling():
         return Choice("eager", "torch.compile sees the whole forward")
+    device, new = inputs.device.type, inputs.shape[1]
+    backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
+    if backend is None:
+        return Choice("eager", f"there is no kernel for {device}")
     reason = _against(decoder, inputs, arguments)
+    if reason is None and new > FEW and (named is None or backend == "compiled"):
+        reason = f"{new} new tokens share what is rotated once"
     if reason is None and named is None and slots < LONG:
         reason = f"{slots} slots are fewer than {LONG}"
-    if reason is None and inputs.device.type == "cpu" and named != "triton":
-        reason = _against_compiled(decoder, inputs)
-        if reason is None:
-            return Choice("compiled", f"{inputs.shape[1]} new of {slots} tokens on the CPU in {inputs.dtype}")
-    return Choice("eager", reason or f"there is no kernel for {inputs.device.type}")
+    if reason is None:
+        reason = (_against_compiled if backend == "compiled" else _against_triton)(decoder, inputs)
+    return Choice("eager", reason) if reason else Choice(backend, f"{new} new of {slots} tokens on {device} in {inputs.dtype}")
 
 
 def _against(decoder: Any, inputs: Tensor, arguments: dict[str, Any]) -> str | None:
     """Why no kernel can compute a forward, or None."""
-    if inputs.shape[1] > FEW:
-        return f"{inputs.shape[1]} new tokens share what is rotated once"
     if torch.is_grad_enabled() and (inputs.requires_grad or any(weight.requires_grad for weight in decoder.parameters())):
         return "gradients are asked for"
     if decoder.training:
@@ -288,6 +314,8 @@ def _against(decoder: Any, inputs: Tensor, arguments: dict[str, Any]) -> str | N
 
 def _against_compiled(decoder: Any, inputs: Tensor) -> str | None:
     """Why the kernel for the CPU cannot compute a forward, or None."""
+    if inputs.device.type != "cpu":
+        return f"the compiled kernel is for the CPU, the model is on {inputs.device.type}"
     if inputs.dtype not in KINDS:
         return f"the kernel for the CPU knows no {inputs.dtype}"
     for head_dim, width, adjacent in decoder.kvshare_plan.made:
@@ -297,23 +325,35 @@ def _against_compiled(decoder: Any, inputs: Tensor) -> str | None:
     return None
 
 
-def decode(
+def _against_triton(decoder: Any, inputs: Tensor) -> str | None:
+    """Why the kernel for GPUs cannot compute a forward, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from .kvshare_triton import problem_on
+
+    if inputs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the kernel for GPUs knows no {inputs.dtype}"
+    problems = (problem_on(inputs.device, inputs.dtype, head_dim, width) for head_dim, width, _ in decoder.kvshare_plan.made)
+    return next(filter(None, problems), None)
+
+
+def attend(
     attention: Any,
     query: Tensor,
     shared: Tensor,
-    tables: tuple[Tensor, ...],
+    tables: tuple[Any, ...],
     mask: Tensor | None,
     key_bias: Tensor | None,
     value_bias: Tensor | None,
     arguments: dict[str, Any],
 ) -> Tensor:
-    """Attention of few new tokens over what is cached.
+    """Attention over what is cached, by the kernel that `cached_tables` has chosen.
 
     Args:
         attention: the module.
         query: rotated, (batch, query heads, new tokens, head_dim).
         shared: as cached, (batch, kv heads, slots, head_dim).
-        tables: see `tile_tables`.
+        tables: what `cached_tables` gives for the module's kind of layer.
         mask: as transformers makes it for sdpa or eager attention.
         key_bias, value_bias: (kv heads, 1, head_dim).
         arguments: what the family hands to attention beside the usual.
@@ -322,20 +362,25 @@ def decode(
         (batch, new tokens, query heads, head_dim).
     """
     pairs, norm, sinks = attention.kvshare_pairs, attention.kvshare_norm, arguments.get("s_aux")
+    backend, first, second = tables
     new, slots = query.shape[2], shared.shape[2]
+    if mask is not None:
+        mask = mask[..., :slots]
+    given: dict[str, Any] = {
+        "scaling": attention.scaling,
+        "adjacent": pairs is not None and pairs.adjacent,
+        "key_bias": None if key_bias is None else key_bias[:, 0].float(),
+        "value_bias": None if value_bias is None else value_bias[:, 0].float(),
+        "norm": None if norm is None else attention.k_norm.weight.float() + norm.offset,
+        "eps": 0.0 if norm is None else norm.eps,
+        "softcap": arguments.get("softcap"),
+        "sinks": None if sinks is None else sinks.float(),
+    }
+    if backend == "triton":
+        from .kvshare_triton import attend_on_gpu
+
+        known = None if pairs is None else (first, second) if second.numel() else first
+        return attend_on_gpu(query, shared, known, mask=mask, causal=mask is None, **given)
     if mask is None and new > 1:
         mask = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril(slots - new)[None, None]
-    out = decode_on_cpu(
-        query.float() * attention.scaling,
-        shared if shared.stride(-1) == 1 else shared.contiguous(),
-        None if pairs is None else (tables[0], tables[1]),
-        adjacent=pairs is not None and pairs.adjacent,
-        mask=None if mask is None else mask[..., :slots],
-        key_bias=None if key_bias is None else key_bias[:, 0].float(),
-        value_bias=None if value_bias is None else value_bias[:, 0].float(),
-        norm=None if norm is None else attention.k_norm.weight.float() + norm.offset,
-        eps=0.0 if norm is None else norm.eps,
-        softcap=arguments.get("softcap"),
-        sinks=None if sinks is None else sinks.float(),
-    )
-    return out.to(query.dtype)
+    return decode_on_cpu(query, shared, None if pairs is None else (first, second), mask=mask, **given).to(query.dtype)

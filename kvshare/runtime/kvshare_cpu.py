@@ -180,6 +180,7 @@ def decode_on_cpu(
     shared: Tensor,
     tables: tuple[Tensor, Tensor] | None,
     *,
+    scaling: float,
     adjacent: bool,
     mask: Tensor | None,
     key_bias: Tensor | None,
@@ -192,10 +193,12 @@ def decode_on_cpu(
     """One step of attention of few queries over what is cached.
 
     Args:
-        query: rotated and scaled, (batch, query heads, new tokens, head_dim), float32.
-        shared: as cached, (batch, kv heads, slots, head_dim), float32 or bfloat16; its last dimension lies in one piece.
+        query: rotated, (batch, query heads, new tokens, head_dim).
+        shared: as cached, (batch, kv heads, slots, head_dim), float32 or bfloat16.
         tables: cosines and sines of where tiles begin, (batch or 1, tiles, 2, width), and of the tokens of a tile,
-            (TILE, 2, width), float32; the width is that of `tile_tables`. None: keys do not rotate.
+            (TILE, 2, width), float32; the width is that of `tile_tables`, by number where pairs lie side by side. None: keys do not
+            rotate.
+        scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
         key_bias, value_bias: (kv heads, head_dim), float32.
@@ -214,6 +217,7 @@ def decode_on_cpu(
     new, rows = query.shape[2], query.shape[1] * query.shape[2] // heads
     width = 0 if tables is None else tables[1].shape[-1] * (1 if adjacent else 2)
     step = kernel(Made(head_dim, width, adjacent, KINDS[shared.dtype]))
+    shared = shared if shared.stride(-1) == 1 else shared.contiguous()
     threads = torch.get_num_threads()
     splits = min(-(-4 * threads // (batch * heads)), -(-slots // PART))
     out = torch.empty(batch, query.shape[1], new, head_dim)
@@ -221,7 +225,10 @@ def decode_on_cpu(
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.float()
         mask = mask.expand(batch, 1, new, slots) if mask.stride(-1) == 1 else mask.expand(batch, 1, new, slots).contiguous()
-    given = [None if x is None else x.contiguous() for x in (query, *(tables or (None, None)), key_bias, norm, value_bias, sinks)]
+    given = [
+        None if x is None else x.contiguous()
+        for x in (query.float() * scaling, *(tables or (None, None)), key_bias, norm, value_bias, sinks)
+    ]
     names = ("query", "base", "offset", "key_bias", "norm", "value_bias", "sinks")
     step(
         ctypes.byref(

@@ -33,7 +33,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .kvshare_attention import cached_tables, decode, key_positions
+from .kvshare_attention import attend, cached_tables, key_positions
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -397,7 +397,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
                 width = position_embeddings[0].shape[-1] * self.kvshare_table_repeat
                 query = _rotated(rotate, query, position_embeddings[:2], width)
             query = scaled(self, query, kwargs)
-            output = decode(
+            output = attend(
                 self,
                 query,
                 shared,
@@ -432,10 +432,10 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value is None:
             value = _values_from_keys(self, shared)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
         window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
-        output, weights = attend(
+        output, weights = stock(
             self,
             query,
             key,
