@@ -160,7 +160,7 @@ def measure_pair(model: Any, source: Any, batch_size: int, context: int, new_tok
         peaks[1],
         _timing([p.prefill / context for p in seconds[0]], [p.prefill / context for p in seconds[1]]),
         _timing([p.decode / new_tokens for p in seconds[0]], [p.decode / new_tokens for p in seconds[1]]),
-        ": ".join(getattr(model.get_decoder(), "kvshare_choice", None) or ("stock", "the model rotates no cached keys")),
+        ": ".join(getattr(model.get_decoder(), "kvshare_choice", None) or ("eager", "no kernel is made for decoders of this kind")),
     )
 
 

@@ -22,10 +22,17 @@ from .kvshare_cpu import KINDS, TILE, Made, decode_on_cpu, missing
 
 VARIABLE = "KVSHARE_ATTENTION"
 BACKENDS = ("eager", "compiled", "triton")
+ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
+KEY_NORMS = ("k_norm", "k_layernorm")  # what norms of keys are called
 FEW = 8  # new tokens up to which a forward is a step of decoding
 EAGER = ("gemma2", "gpt_oss")  # families for which transformers has no other attention than eager
 LONG = 256  # slots from which on compiling is worth it
 LOGGER = logging.getLogger("kvshare.attention")
+
+
+def first_of(module: Any, names: tuple[str, ...]) -> Any:
+    """What a module has under the first of these names that it has; None where it has none."""
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
 class Choice(NamedTuple):
@@ -167,7 +174,7 @@ def plan_of(decoder: Any, inputs: Tensor) -> Plan:
     """Look at the shared layers of a decoder; each keeps what it must be told in `kvshare_pairs` and `kvshare_norm`."""
     made, pairs = set(), dict.fromkeys(decoder.kvshare_kinds)
     for layer in decoder.layers:
-        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+        attention = first_of(layer, ATTENTIONS)
         kind = getattr(attention, "kvshare_layer_type", None)
         if kind is None:
             continue
@@ -189,10 +196,11 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
     if getattr(attention.config, "clip_qkv", None) is not None:
         return "keys are clipped"
     attention.kvshare_norm = attention.kvshare_pairs = None
-    if hasattr(attention, "k_norm"):
-        attention.kvshare_norm = norm_of(attention.k_norm, attention.head_dim)
+    norm = first_of(attention, KEY_NORMS)
+    if norm is not None:
+        attention.kvshare_norm = norm_of(norm, attention.head_dim)
         if attention.kvshare_norm is None:
-            return f"keys pass a {type(attention.k_norm).__name__}, which is not a root mean square norm of each head"
+            return f"keys pass a {type(norm).__name__}, which is not a root mean square norm of each head"
     if attention.kvshare_rotates:
         rotate = getattr(sys.modules[type(attention).__mro__[1].__module__], "apply_rotary_pos_emb", None)
         attention.kvshare_pairs = rotate and pairs_of(rotate, sample, len(sample) * attention.kvshare_table_repeat)
@@ -371,7 +379,7 @@ def attend(
         "adjacent": pairs is not None and pairs.adjacent,
         "key_bias": None if key_bias is None else key_bias[:, 0].float(),
         "value_bias": None if value_bias is None else value_bias[:, 0].float(),
-        "norm": None if norm is None else attention.k_norm.weight.float() + norm.offset,
+        "norm": None if norm is None else first_of(attention, KEY_NORMS).weight.float() + norm.offset,
         "eps": 0.0 if norm is None else norm.eps,
         "softcap": arguments.get("softcap"),
         "sinks": None if sinks is None else sinks.float(),

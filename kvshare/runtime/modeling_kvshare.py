@@ -33,7 +33,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .kvshare_attention import attend, cached_tables, key_positions
+from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -42,9 +42,8 @@ Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once
 ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
 ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
-NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))  # what norms of queries and of keys are called
+NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
 DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
-ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
 HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
@@ -150,11 +149,6 @@ def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
     """Rope on the first `width` numbers of each head; states (batch, heads, tokens, head_dim)."""
     turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
-
-
-def _norm_of(attention: Any, names: tuple[str, ...]) -> Any:
-    """The norm that an attention module has under one of these names; None where it has none."""
-    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)
 
 
 def _normed(norm: nn.Module, states: Tensor) -> Tensor:
@@ -377,7 +371,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
             value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        query_norm, key_norm = (_norm_of(self, names) for names in NORMS)
+        query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
             query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
@@ -863,7 +857,7 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
 
 def _attention(layer: Any) -> Any:
     """The attention module of a decoder layer; None where it has none."""
-    return next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
+    return first_of(layer, ATTENTIONS)
 
 
 def _stored_heads(attention: Any, query_heads: int) -> int:
