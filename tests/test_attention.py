@@ -13,7 +13,7 @@ import transformers
 from conftest import FAMILY_SOURCES, SMALL, SOURCES, random_model
 from torch import Tensor
 
-from kvshare.runtime import kvshare_attention, kvshare_cpu
+from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu
 from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
 
@@ -41,7 +41,9 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, str]] = {
 }
 
 
-def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.TILE) -> tuple[dict[str, Any], Tensor]:
+def case(
+    name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.TILE, bits: int | None = None
+) -> tuple[dict[str, Any], Tensor]:
     """Arguments of a kernel, and what it should give."""
     batch, queries, heads, head_dim, width, new, slots, more = SHAPES[name]
     generator = torch.Generator().manual_seed(slots)
@@ -51,6 +53,9 @@ def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.
 
     scale, adjacent = 1.25, "adjacent" in more
     query, shared = normal(batch, queries, new, head_dim), normal(batch, heads, slots, head_dim).to(dtype)
+    numbers, scales = (shared, shared) if bits is None else kvshare_bits.quantise(shared, bits)
+    if bits is not None:
+        shared = kvshare_bits.dequantise(numbers, scales, torch.float32)
     first = -torch.arange(batch)[:, None] * 3 + 7  # rows begin at positions of their own, some before 0
     frequencies = 100.0 ** -(torch.arange(width // 2, dtype=torch.float64) / max(1, width // 2))
 
@@ -85,7 +90,9 @@ def case(name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.
     tables = (table(first + torch.arange(0, slots, tile), scale), table(torch.arange(tile), 1.0)) if width else None
     angles = (first + where)[..., None].double() * frequencies
     expected = shared_attention(query, shared, angles, rope_scale=scale, **options)
-    return {"query": query, "shared": shared, "tables": tables, **options}, expected
+    if bits is not None:
+        options |= {"scales": scales[..., 0]}
+    return {"query": query, "shared": numbers, "tables": tables, **options}, expected
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -117,6 +124,18 @@ def test_the_cpu_kernel_against_float64(name: str, threads: int) -> None:
             assert error(got.to(dtype), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
     finally:
         torch.set_num_threads(1)
+
+
+INTEGERS = ("llama", "as many heads", "one head", "norm and bias", "part, side by side", "two numbers", "no rope", "sinks")
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", kvshare_bits.BITS)
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.usefixtures("poisoned")
+def test_the_cpu_kernel_reads_integers(name: str, bits: int) -> None:
+    arguments, expected = case(name, bits=bits)
+    assert error(kvshare_cpu.decode_on_cpu(**arguments), expected) < 1e-5
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import SHAPES, case, error
+from test_attention import INTEGERS, SHAPES, case, error
 
 from kvshare.runtime.reference import rotated, shared_attention
 
@@ -42,6 +42,13 @@ def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
     got = kvshare_triton.attend_on_gpu(**pairs_alone(arguments))
     assert got.dtype == dtype
     assert error(got, expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_decoding_of_integers(name: str, bits: int) -> None:
+    arguments, expected = case(name, tile=kvshare_triton.TILE, bits=bits)
+    assert error(kvshare_triton.attend_on_gpu(**pairs_alone(arguments)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("splits", [1, 3, 40])

@@ -324,10 +324,11 @@ def _against_compiled(decoder: Any, inputs: Tensor) -> str | None:
     """Why the kernel for the CPU cannot compute a forward, or None."""
     if inputs.device.type != "cpu":
         return f"the compiled kernel is for the CPU, the model is on {inputs.device.type}"
-    if inputs.dtype not in KINDS:
+    if inputs.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel for the CPU knows no {inputs.dtype}"
+    kind = KINDS[{8: torch.int8, 4: torch.uint8}.get(decoder.kvshare_bits, inputs.dtype)]
     for head_dim, width, adjacent in decoder.kvshare_plan.made:
-        problem = missing(Made(head_dim, width, adjacent, KINDS[inputs.dtype]))
+        problem = missing(Made(head_dim, width, adjacent, kind))
         if problem:
             return problem
     return None
@@ -349,6 +350,7 @@ def attend(
     attention: Any,
     query: Tensor,
     shared: Tensor,
+    scales: Tensor | None,
     tables: tuple[Any, ...],
     mask: Tensor | None,
     key_bias: Tensor | None,
@@ -360,7 +362,8 @@ def attend(
     Args:
         attention: the module.
         query: rotated, (batch, query heads, new tokens, head_dim).
-        shared: as cached, (batch, kv heads, slots, head_dim).
+        shared: as cached, (batch, kv heads, slots, head_dim), or half as wide in 4 bits.
+        scales: of integers, (batch, kv heads, slots, 1).
         tables: what `cached_tables` gives for the module's kind of layer.
         mask: as transformers makes it for sdpa or eager attention.
         key_bias, value_bias: (kv heads, 1, head_dim).
@@ -375,6 +378,7 @@ def attend(
     if mask is not None:
         mask = mask[..., :slots]
     given: dict[str, Any] = {
+        "scales": None if scales is None else scales[..., 0],
         "scaling": attention.scaling,
         "adjacent": pairs is not None and pairs.adjacent,
         "key_bias": None if key_bias is None else key_bias[:, 0].float(),

@@ -30,7 +30,7 @@ from torch import Tensor
 from .kvshare_c import SOURCE
 
 TILE = 32  # tokens
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 FLAGS = [
     "-O3",
     "-fPIC",
@@ -180,6 +180,7 @@ def decode_on_cpu(
     shared: Tensor,
     tables: tuple[Tensor, Tensor] | None,
     *,
+    scales: Tensor | None = None,
     scaling: float,
     adjacent: bool,
     mask: Tensor | None,
@@ -194,10 +195,11 @@ def decode_on_cpu(
 
     Args:
         query: rotated, (batch, query heads, new tokens, head_dim).
-        shared: as cached, (batch, kv heads, slots, head_dim), float32 or bfloat16.
+        shared: as cached, (batch, kv heads, slots, head_dim), float32 or bfloat16; or integers, see `kvshare_bits.quantise`.
         tables: cosines and sines of where tiles begin, (batch or 1, tiles, 2, width), and of the tokens of a tile,
             (TILE, 2, width), float32; the width is that of `tile_tables`, by number where pairs lie side by side. None: keys do not
             rotate.
+        scales: of integers, (batch, kv heads, slots), float16.
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
@@ -213,8 +215,8 @@ def decode_on_cpu(
     Raises:
         UnavailableError: it cannot be compiled here.
     """
-    batch, heads, slots, head_dim = shared.shape
-    new, rows = query.shape[2], query.shape[1] * query.shape[2] // heads
+    batch, heads, slots = shared.shape[:3]
+    head_dim, new, rows = query.shape[-1], query.shape[2], query.shape[1] * query.shape[2] // heads
     width = 0 if tables is None else tables[1].shape[-1] * (1 if adjacent else 2)
     step = kernel(Made(head_dim, width, adjacent, KINDS[shared.dtype]))
     shared = shared if shared.stride(-1) == 1 else shared.contiguous()
@@ -235,6 +237,8 @@ def decode_on_cpu(
             _Step(
                 **{name: None if x is None else x.data_ptr() for name, x in zip(names, given, strict=True)},
                 shared=shared.data_ptr(),
+                scale=None if scales is None else scales.data_ptr(),
+                scale_stride=(0, 0, 0) if scales is None else scales.stride(),
                 mask=None if mask is None else mask.data_ptr(),
                 out=out.data_ptr(),
                 partial=partial.data_ptr(),

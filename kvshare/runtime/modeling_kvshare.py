@@ -6,9 +6,9 @@ where the native class keeps two. Needs transformers and torch alone. Never: imp
 
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
-The cache's key slot holds k_proj's output before bias, norm and rope, its value slot a tensor of width zero. Keys are made
-from it on every read, so any cache that takes keys and values of different widths works unchanged. Values are, by the form
-that the block names,
+The cache's key slot holds k_proj's output before bias, norm and rope, its value slot a tensor of width zero; with `cache_bits` in
+the block, integers and their scales. Keys are made from it on every read, so any cache that takes keys and values of different
+widths works unchanged. Values are, by the form that the block names,
 
 - `shared`: that very tensor; the weights of k_proj and v_proj are equal.
 - `exact`: W_V W_K^-1 times the cached keys of all heads together; W_K is square and well-conditioned, no weight was changed.
@@ -34,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
+from .kvshare_bits import BITS, dequantise, read, refuse, update
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -381,8 +382,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         implementation = self.config._attn_implementation
-        if past_key_values is not None:
-            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
+        scales: Tensor | None = None
+        if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
+            shared, scales = update(past_key_values, shared, self.layer_idx, self.kvshare_bits)
         elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
             implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
@@ -395,6 +397,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
                 self,
                 query,
                 shared,
+                scales,
                 position_embeddings[2:],
                 attention_mask,
                 None if key_bias is None else bias_of(self, key_bias),
@@ -402,6 +405,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
                 _arguments(self),
             )
             return project(self, output.flatten(2)), None
+        if scales is not None:
+            shared = dequantise(shared, scales, query.dtype)
 
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
@@ -490,7 +495,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         # (batch, heads, new tokens, head_dim)
         query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
         if past_key_values is not None:
-            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+            shared = read(past_key_values, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
         _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
@@ -520,7 +525,7 @@ class _View:
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
         shared = value[:, ::repeat]
         if self.cache is not None:
-            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+            shared = read(self.cache, shared, layer, own.kvshare_bits)
         key, value = shared, shared
         bias = _bias(projection, shared)
         if bias is not None:
@@ -575,7 +580,7 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
         slots = position_ids
         if layer_past is not None:
             slots = key_positions(layer_past, self.layer_idx, position_ids)
-            shared, _ = layer_past.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+            shared = read(layer_past, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
         output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
@@ -620,17 +625,6 @@ def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids
     return (steps - ends[request])[None]
 
 
-def _refuse_values(cache: Any, layer: int) -> None:
-    """Refuse a cache that holds values of its own in a layer that is shared."""
-    held = cache.layers[layer] if layer < len(cache.layers) else None
-    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
-    if values is not None and values.dim() == 4 and values.shape[-1]:
-        raise ValueError(
-            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
-            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
-        )
-
-
 def _accept_empty(cache: Any) -> None:
     """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
     for layer in cache.layers:
@@ -658,7 +652,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
             for layer in self.kvshare_kinds.values():
-                _refuse_values(past_key_values, layer)
+                refuse(past_key_values, layer, self.kvshare_bits)
             _accept_empty(past_key_values)
             if getattr(self, "rotary_emb", None) is not None:
                 given = kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -700,7 +694,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         positions: dict[str, Any] = {}
         if past_key_values is not None:
             for layer in self.kvshare_kinds.values():
-                _refuse_values(past_key_values, layer)
+                refuse(past_key_values, layer, self.kvshare_bits)
             _accept_empty(past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
@@ -793,7 +787,11 @@ def _share(model: Any) -> None:
         raise ValueError("this config has no kvshare block: load the model with its native class, or convert it first")
     if block.get("form") not in FORMS:
         raise ValueError(f"the kvshare block names the form {block.get('form')!r}; this file knows: {', '.join(FORMS)}")
-    exact = block["form"] == "exact"
+    exact, bits = block["form"] == "exact", block.get("cache_bits")
+    if bits not in (None, *(() if exact else BITS)):
+        raise ValueError(
+            f"cache_bits is {bits!r}: it is 8 or 4, or not there, as in exact form, whose values need all bits of keys"
+        )
     decoder = model.get_decoder()
     layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     rope = getattr(decoder, "rotary_emb", None)
@@ -805,7 +803,7 @@ def _share(model: Any) -> None:
             attention.head_dim = attention.head_size
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         native: Any = type(attention)
-        attention.kvshare_exact, attention.kvshare_maps = exact, None
+        attention.kvshare_exact, attention.kvshare_maps, attention.kvshare_bits = exact, None, bits
         attention.kvshare_layer_type = layer_types[layer]
         attention.kvshare_table_repeat = 2 if model.config.model_type in HALF_TABLES else 1
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
@@ -815,7 +813,7 @@ def _share(model: Any) -> None:
             attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
-    decoder.kvshare_kinds, decoder.kvshare_plan = kinds, None
+    decoder.kvshare_kinds, decoder.kvshare_plan, decoder.kvshare_bits = kinds, None, bits
     if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
