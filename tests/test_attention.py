@@ -168,8 +168,9 @@ def model_of(tmp_path: Path) -> Callable[..., Any]:
         model_type, fields = (SOURCES | FAMILY_SOURCES)[key]
         fields = ({} if key in SOURCES else SMALL) | fields | more
         config = transformers.AutoConfig.from_pretrained(random_model(tmp_path / "source", model_type, **fields))
-        kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
-        config.kvshare = {"form": "shared", "layers": [layer for layer, kind in enumerate(kinds) if "attention" in kind]}
+        layers = transformers.AutoModelForCausalLM.from_config(config).get_decoder().layers
+        found = [kvshare_attention.first_of(layer, kvshare_attention.ATTENTIONS) for layer in layers]
+        config.kvshare = {"form": "shared", "layers": [index for index, attention in enumerate(found) if attention is not None]}
         named = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         return shared_class(named).from_pretrained(tmp_path / "source", config=config, dtype=torch.float32).eval()
 
@@ -189,7 +190,8 @@ def logits_of_steps(model: Any, ids: Tensor, mask: Tensor, steps: int, **setting
 
 
 # no kernel knows these: norms of all heads as one, norms that subtract a mean, clipped keys
-WITHOUT = {"gpt2", "opt", "bloom", "falcon", "falcon-alibi", "falcon-one-head", "gptj"}  # no rope, or layers that make their own
+# layers that do not rotate, or make their own keys
+WITHOUT = {"gpt2", "opt", "bloom", "falcon", "falcon-alibi", "falcon-one-head", "gptj", "granitemoehybrid"}
 REFUSED = {"olmo": "clipped", "olmo2": "each head", "olmo3": "each head", "olmoe": "each head"}
 
 

@@ -388,7 +388,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
             implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
-        if len(position_embeddings) > 4:  # a kernel makes keys of them where it reads them
+        if len(position_embeddings or ()) > 4:  # a kernel makes keys of them where it reads them
             if self.kvshare_rotates:
                 width = position_embeddings[0].shape[-1] * self.kvshare_table_repeat
                 query = _rotated(rotate, query, position_embeddings[:2], width)
@@ -745,6 +745,8 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
+        for file in Path(__file__).parent.glob("kvshare_*.py"):
+            shutil.copyfile(file, Path(save_directory) / file.name)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
             rows = attention.kvshare_stored * attention.head_dim
