@@ -28,6 +28,7 @@ def run(
     overwrite: options.Overwrite = False,
     seed: Annotated[int | None, typer.Option(help="Of the prompts' random tokens.")] = None,
     dry_run: options.DryRun = False,
+    verbose: options.Verbose = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
@@ -67,6 +68,9 @@ def run(
         print_json(result.to_dict())
         return
     _print(result)
+    if verbose:
+        for one in result.runs:
+            print(f"- attention of {one.batch_size} x {one.context}: {one.attention}")
     if output is not None:
         print(f"written to {output}: bench.json, bench.png")
 

@@ -45,6 +45,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say w
 Seed = Annotated[int | None, typer.Option(help="Decides samples, the order of data and initial LoRA weights.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that kvshare wrote.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin again, whatever an interrupted run has finished.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Say what was chosen, and why.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only results.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else there.")]
 Against = Annotated[str, typer.Option(help="The source: a Hub id, a folder, or kvshare/tiny.")]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare.errors import BadCheckpointError
+from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.mixture import uses_self
 from kvshare.native import native_class, read_config
 from kvshare.parsing import shown
@@ -29,6 +29,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
     attn_implementation: str | None = None,
+    cache_bits: int | None = None,
 ) -> Any:
     """A kvshare checkpoint as a transformers model that caches one tensor where the source caches two: half the bytes.
 
@@ -36,14 +37,27 @@ def load(
         checkpoint: a folder that kvshare wrote.
         dtype: of the weights; `auto` is the stored one.
         device_map, attn_implementation: as for transformers' `from_pretrained`.
+        cache_bits: 8 or 4, for a cache of integers with a scale for each token and head; None for the model's dtype.
 
     Raises:
+        UsageError: another number of bits, or a checkpoint in exact form, which needs them all.
         BadCheckpointError: not a kvshare checkpoint, missing tensors, or k_proj and v_proj that do not fit its form.
         UnsupportedModelError: another family.
     """
+    from kvshare.runtime.kvshare_bits import BITS
+
     folder = Path(checkpoint)
-    loader = _shared_class(folder)
-    return _strict(loader, folder, dtype=dtype, device_map=device_map, attn_implementation=attn_implementation)
+    loader, config = _shared_class(folder), read_config(folder)
+    if cache_bits is not None:
+        if cache_bits not in BITS or config.kvshare["form"] == "exact":
+            raise UsageError(
+                f"a cache of {cache_bits} bits is not possible for {folder}",
+                f"its form is {config.kvshare['form']}, and in exact form values need all bits of keys; otherwise it is 8 or 4",
+                "leave cache_bits out, or use a checkpoint in shared form",
+            )
+        config.kvshare = config.kvshare | {"cache_bits": cache_bits}
+    options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+    return _strict(loader, folder, config, **options)
 
 
 def outline(checkpoint: Path) -> Any:
@@ -87,7 +101,8 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
     import transformers
 
     native_class(folder, read_tensor_specs(folder, weight_files(folder)))
-    return _strict(transformers.AutoModelForCausalLM, folder, dtype=dtype, device_map=device_map, trust_remote_code=False)
+    config = read_config(folder)
+    return _strict(transformers.AutoModelForCausalLM, folder, config, dtype=dtype, device_map=device_map, trust_remote_code=False)
 
 
 def writer_of(data: str, folder: Path, device: torch.device) -> Any:
@@ -127,11 +142,11 @@ def plain_forward(model: Any) -> Forward:
     return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
-def _strict(loader: Any, folder: Path, **options: Any) -> Any:
+def _strict(loader: Any, folder: Path, config: Any, **options: Any) -> Any:
     """Load, and treat a tensor that is missing as the error it is: transformers would fill it with random numbers."""
     given = {name: value for name, value in options.items() if value is not None}
     model, info = loader.from_pretrained(
-        folder, config=read_config(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **given
+        folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **given
     )
     missing = sorted(info["missing_keys"])
     if missing:

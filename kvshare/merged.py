@@ -31,7 +31,7 @@ from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.quality import named_text
 from kvshare.recipe import made_by
-from kvshare.runtime import MODELING_FILE
+from kvshare.runtime import SHIPPED
 from kvshare.source import CARRIED_FILES, TensorSpec, read_header
 from kvshare.statistics import open_statistics, read_moments
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
@@ -100,7 +100,8 @@ def write_merged(
     for name in CARRIED_FILES:
         if (plan.source.path / name).is_file():
             shutil.copyfile(plan.source.path / name, folder / name)
-    shutil.copyfile(MODELING_FILE, folder / MODELING)
+    for file in SHIPPED:
+        shutil.copyfile(file, folder / file.name)
     progress("copying weights", len(copies), len(copies))
     return report
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshare.loading import Forward
+from kvshare.runtime.kvshare_bits import in_steps
 from kvshare.timing import cached_tensors
 
 SCALE_BYTES = 2  # a float16 for every token and head, of keys and of values
@@ -24,9 +25,8 @@ def round_trip(x: Tensor, bits: int) -> Tensor:
     """
     if x.shape[-1] == 0:
         return x
-    most = 2 ** (bits - 1) - 1
-    scale = (x.float().abs().amax(-1, keepdim=True) / most).half().float().clamp_min(2.0**-24)  # the least positive float16
-    return ((x.float() / scale).round().clamp(-most, most) * scale).to(x.dtype)
+    whole, step = in_steps(x, bits)
+    return (whole * step.float()).to(x.dtype)
 
 
 class QuantisedCache(DynamicCache):

@@ -43,6 +43,7 @@ class Run:
     """What was measured with `batch_size` prompts of `context` tokens.
 
     `cache_bytes` are those of the cache's tensors when the last token is written, per token and sequence beside it.
+    `attention`: what computed the checkpoint's attention over the cache while decoding, and why.
     `peak_bytes`: weights, and the most that prefill and decoding allocated at one time on top of them.
     """
 
@@ -56,6 +57,7 @@ class Run:
     source_peak_bytes: int
     prefill: Timing
     decode: Timing
+    attention: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def measure_pair(model: Any, source: Any, batch_size: int, context: int, new_tok
         peaks[1],
         _timing([p.prefill / context for p in seconds[0]], [p.prefill / context for p in seconds[1]]),
         _timing([p.decode / new_tokens for p in seconds[0]], [p.decode / new_tokens for p in seconds[1]]),
+        ": ".join(getattr(model.get_decoder(), "kvshare_choice", None) or ("eager", "no kernel is made for decoders of this kind")),
     )
 
 

@@ -6,9 +6,9 @@ where the native class keeps two. Needs transformers and torch alone. Never: imp
 
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
-The cache's key slot holds k_proj's output before bias, norm and rope, its value slot a tensor of width zero. Keys are made
-from it on every read, so any cache that takes keys and values of different widths works unchanged. Values are, by the form
-that the block names,
+The cache's key slot holds k_proj's output before bias, norm and rope, its value slot a tensor of width zero; with `cache_bits` in
+the block, integers and their scales. Keys are made from it on every read, so any cache that takes keys and values of different
+widths works unchanged. Values are, by the form that the block names,
 
 - `shared`: that very tensor; the weights of k_proj and v_proj are equal.
 - `exact`: W_V W_K^-1 times the cached keys of all heads together; W_K is square and well-conditioned, no weight was changed.
@@ -33,6 +33,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
+from .kvshare_bits import BITS, dequantise, read, refuse, update
+
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
 Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once more of the cached keys, where there are any
@@ -40,9 +43,8 @@ Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once
 ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
 ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
-NORMS = (("q_norm", "q_layernorm"), ("k_norm", "k_layernorm"))  # what norms of queries and of keys are called
+NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
 DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
-ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
 HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
 
 
@@ -144,38 +146,10 @@ def _unique(x: Tensor, repeat: int) -> Tensor:
     return x if repeat == 1 else x[..., ::repeat, :]
 
 
-def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
-    """The position of every slot that attention will read in `layer`, before the cache takes the new tokens in.
-
-    Counted back from the last query: `generate` gives left padding the position 0, so the first one tells nothing.
-
-    Args:
-        cache: a transformers cache.
-        layer: a layer of the kind whose slots are wanted.
-        position_ids: (batch or 1, new tokens).
-
-    Returns:
-        (batch or 1, slots); slots of padding hold any number, attention masks them.
-    """
-    new = position_ids.shape[-1]
-    slots, offset = cache.get_mask_sizes(new, layer)
-    if slots == new:
-        return position_ids
-    past = cache.get_query_offset(layer) if hasattr(cache, "get_query_offset") else cache.get_seq_length(layer)
-    steps = torch.arange(slots, device=position_ids.device) + offset - past - (new - 1)
-    # The empty tail of a static cache lies beyond the last token; scaled ropes must not see such positions.
-    return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
-
-
 def _rotated(rotate: Any, states: Tensor, tables: Rotary, width: int) -> Tensor:
     """Rope on the first `width` numbers of each head; states (batch, heads, tokens, head_dim)."""
     turned, _ = rotate(states[..., :width], states[:, :0, :, :width], *tables)
     return turned if width == states.shape[-1] else torch.cat([turned, states[..., width:]], -1)
-
-
-def _norm_of(attention: Any, names: tuple[str, ...]) -> Any:
-    """The norm that an attention module has under one of these names; None where it has none."""
-    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)
 
 
 def _normed(norm: nn.Module, states: Tensor) -> Tensor:
@@ -360,6 +334,14 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         """(kv heads, 1, head_dim)."""
         return _unique(bias.reshape(-1, self.head_dim), self.kvshare_repeat)[:, None]
 
+    def scaled(self: Any, query: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Queries as they are, or by the position as Llama 4 scales them."""
+        if query_scale is None:
+            return query
+        rope = self.config.rope_parameters
+        scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
+        return query * query_scale(arguments["position_ids"], *scale).to(query.dtype)
+
     def project(self: Any, output: Tensor) -> Tensor:
         """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
         output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
@@ -390,7 +372,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
             value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        query_norm, key_norm = (_norm_of(self, names) for names in NORMS)
+        query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
             query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
@@ -400,11 +382,31 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         implementation = self.config._attn_implementation
-        if past_key_values is not None:
-            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, kv heads, slots, head_dim)
+        scales: Tensor | None = None
+        if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
+            shared, scales = update(past_key_values, shared, self.layer_idx, self.kvshare_bits)
         elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
             implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
+        if len(position_embeddings or ()) > 4:  # a kernel makes keys of them where it reads them
+            if self.kvshare_rotates:
+                width = position_embeddings[0].shape[-1] * self.kvshare_table_repeat
+                query = _rotated(rotate, query, position_embeddings[:2], width)
+            query = scaled(self, query, kwargs)
+            output = attend(
+                self,
+                query,
+                shared,
+                scales,
+                position_embeddings[2:],
+                attention_mask,
+                None if key_bias is None else bias_of(self, key_bias),
+                None if value_bias is None else bias_of(self, value_bias),
+                _arguments(self),
+            )
+            return project(self, output.flatten(2)), None
+        if scales is not None:
+            shared = dequantise(shared, scales, query.dtype)
 
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
@@ -420,22 +422,19 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, key, value = (states.clamp(min=-clip, max=clip) for states in (query, key, value))
         if self.kvshare_rotates:
             own, cached = position_embeddings[:2], position_embeddings[-2:]
-            width = own[0].shape[-1] * (2 if self.config.model_type in HALF_TABLES else 1)
+            width = own[0].shape[-1] * self.kvshare_table_repeat
             query, key = _rotated(rotate, query, own, width), _rotated(rotate, key, cached, width)
-        if query_scale is not None:
-            rope = self.config.rope_parameters
-            scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
-            query = query * query_scale(kwargs["position_ids"], *scale).to(query.dtype)
+        query = scaled(self, query, kwargs)
         if value is None and _averages_first(self, query, attention_mask):
             output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
             return project(self, output), weights
         if value is None:
             value = _values_from_keys(self, shared)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+        stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         # Mistral reads its window from the config, others keep one per layer (None where attention is full).
         window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
-        output, weights = attend(
+        output, weights = stock(
             self,
             query,
             key,
@@ -496,7 +495,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         # (batch, heads, new tokens, head_dim)
         query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
         if past_key_values is not None:
-            shared, _ = past_key_values.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+            shared = read(past_key_values, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
         _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
@@ -526,7 +525,7 @@ class _View:
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
         shared = value[:, ::repeat]
         if self.cache is not None:
-            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+            shared = read(self.cache, shared, layer, own.kvshare_bits)
         key, value = shared, shared
         bias = _bias(projection, shared)
         if bias is not None:
@@ -613,7 +612,7 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
         slots = position_ids
         if layer_past is not None:
             slots = key_positions(layer_past, self.layer_idx, position_ids)
-            shared, _ = layer_past.update(shared, shared[..., :0], self.layer_idx)  # (batch, heads, slots, head_dim)
+            shared = read(layer_past, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
         output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
@@ -658,17 +657,6 @@ def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids
     return (steps - ends[request])[None]
 
 
-def _refuse_values(cache: Any, layer: int) -> None:
-    """Refuse a cache that holds values of its own in a layer that is shared."""
-    held = cache.layers[layer] if layer < len(cache.layers) else None
-    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
-    if values is not None and values.dim() == 4 and values.shape[-1]:
-        raise ValueError(
-            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
-            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
-        )
-
-
 def _accept_empty(cache: Any) -> None:
     """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
     for layer in cache.layers:
@@ -696,7 +684,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
             for layer in self.kvshare_kinds.values():
-                _refuse_values(past_key_values, layer)
+                refuse(past_key_values, layer, self.kvshare_bits)
             _accept_empty(past_key_values)
             if getattr(self, "rotary_emb", None) is not None:
                 given = kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -741,7 +729,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         positions: dict[str, Any] = {}
         if past_key_values is not None:
             for layer in self.kvshare_kinds.values():
-                _refuse_values(past_key_values, layer)
+                refuse(past_key_values, layer, self.kvshare_bits)
             _accept_empty(past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
@@ -750,11 +738,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         elif kwargs.get("cache") is not None and position_ids is not None:
             pages = kwargs["cache"]
             positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
-        if any(slots is not position_ids for slots in positions.values()):
-            kwargs["key_position_embeddings"] = {
-                kind: self.rotary_emb(inputs_embeds, slots, *([kind] if self.kvshare_tables_by_kind else []))
-                for kind, slots in positions.items()
-            }
+        tables = cached_tables(self, inputs_embeds, positions, position_ids, kwargs)
+        if tables:
+            kwargs["key_position_embeddings"] = tables
         return native.forward(
             self,
             attention_mask=attention_mask,
@@ -794,6 +780,8 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
+        for file in Path(__file__).parent.glob("kvshare_*.py"):
+            shutil.copyfile(file, Path(save_directory) / file.name)
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
             rows = attention.kvshare_stored * attention.head_dim
@@ -837,7 +825,11 @@ def _share(model: Any) -> None:
         raise ValueError("this config has no kvshare block: load the model with its native class, or convert it first")
     if block.get("form") not in FORMS:
         raise ValueError(f"the kvshare block names the form {block.get('form')!r}; this file knows: {', '.join(FORMS)}")
-    exact = block["form"] == "exact"
+    exact, bits = block["form"] == "exact", block.get("cache_bits")
+    if bits not in (None, *(() if exact else BITS)):
+        raise ValueError(
+            f"cache_bits is {bits!r}: it is 8 or 4, or not there, as in exact form, whose values need all bits of keys"
+        )
     decoder = model.get_decoder()
     layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     rope = getattr(decoder, "rotary_emb", None)
@@ -849,8 +841,9 @@ def _share(model: Any) -> None:
             attention.head_dim = attention.head_size
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         native: Any = type(attention)
-        attention.kvshare_exact, attention.kvshare_maps = exact, None
+        attention.kvshare_exact, attention.kvshare_maps, attention.kvshare_bits = exact, None, bits
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_table_repeat = 2 if model.config.model_type in HALF_TABLES else 1
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
         attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
@@ -858,7 +851,7 @@ def _share(model: Any) -> None:
             attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
-    decoder.kvshare_kinds = kinds
+    decoder.kvshare_kinds, decoder.kvshare_plan, decoder.kvshare_bits = kinds, None, bits
     if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
@@ -903,7 +896,7 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
 
 def _attention(layer: Any) -> Any:
     """The attention module of a decoder layer; None where it has none."""
-    return next((getattr(layer, name) for name in ATTENTIONS if hasattr(layer, name)), None)
+    return first_of(layer, ATTENTIONS)
 
 
 def _stored_heads(attention: Any, query_heads: int) -> int:

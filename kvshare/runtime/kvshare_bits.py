@@ -1,0 +1,104 @@
+# Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
+"""A shared cache in 8 or 4 bits: a scale of 16 bits for every token and head, numbers in the key slot, scales in the value slot.
+
+In: what keys and values share, before bias, norm and rope. Out: integers and scales, or the numbers again. Never: quantises what is
+quantised already.
+
+A head of n numbers takes n + 2 bytes in 8 bits and n / 2 + 2 in 4, in any cache that takes keys and values of different widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = 2.0**-24  # the least positive float16
+BITS = (8, 4)
+
+
+def in_steps(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers x (..., n) in steps of s: round(x / s) within +-(2^(bits - 1) - 1), s = max |x| / (2^(bits - 1) - 1).
+
+    Returns:
+        whole numbers (..., n), float32, and s, (..., 1), float16.
+    """
+    most = 2 ** (bits - 1) - 1
+    step = (x.float().abs().amax(-1, keepdim=True) / most).half().clamp_min(LEAST)
+    return (x.float() / step.float()).round().clamp(-most, most), step
+
+
+def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers x (..., n) as integers of 8 or 4 bits, see `in_steps`.
+
+    Returns:
+        in 8 bits (..., n), int8; in 4 bits (..., n / 2), uint8: lower bits hold the first half, upper ones the second, both plus 8;
+        and s, (..., 1), float16.
+    """
+    whole, scale = in_steps(x, bits)
+    if bits == 8:
+        return whole.to(torch.int8), scale
+    first, second = (whole + 8).to(torch.uint8).chunk(2, -1)
+    return first | second << 4, scale
+
+
+def dequantise(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `quantise` was given, rounded: (..., n) in `dtype`."""
+    if numbers.dtype == torch.uint8:
+        numbers = torch.cat([numbers & 15, numbers >> 4], -1).float() - 8
+    return (numbers.float() * scale.float()).to(dtype)
+
+
+def update(cache: Any, shared: Tensor, layer: int, bits: int | None) -> tuple[Tensor, Tensor | None]:
+    """Put new tokens into a cache and take out what is there.
+
+    Args:
+        cache: a transformers cache.
+        shared: of the new tokens, (batch, kv heads, new tokens, head_dim).
+        layer: of the cache.
+        bits: 8, 4, or None for the numbers as they are.
+
+    Returns:
+        all slots as they are cached, and their scales, if there are any: see `quantise`.
+    """
+    if bits is None:
+        return cache.update(shared, shared[..., :0], layer)[0], None
+    numbers, scale = quantise(shared, bits)
+    held: Any = cache.layers[layer] if layer < len(cache.layers) else None
+    if hasattr(held, "max_cache_len") and not held.is_initialized:  # a static layer gives both slots the dtype of keys
+        held.lazy_initialization(numbers, scale)
+        held.values = held.values.to(scale.dtype)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(held.values)
+    return cache.update(numbers, scale, layer)
+
+
+def read(cache: Any, shared: Tensor, layer: int, bits: int | None) -> Tensor:
+    """As `update`, all slots as numbers in the dtype of `shared`."""
+    numbers, scale = update(cache, shared, layer, bits)
+    return numbers if scale is None else dequantise(numbers, scale, shared.dtype)
+
+
+def refuse(cache: Any, layer: int, bits: int | None) -> None:
+    """Refuse a cache whose layer holds something else than a shared cache of so many bits puts there.
+
+    Raises:
+        ValueError: it holds values of its own, is quantised in another way, or not at all.
+    """
+    held: Any = cache.layers[layer] if layer < len(cache.layers) else None
+    if bits is not None and hasattr(held, "_quantize"):
+        raise ValueError(f"this cache quantises by itself, and the model keeps {bits} bits: use another cache, or no cache_bits")
+    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
+    if values is None or values.dim() != 4:
+        return
+    found = {torch.int8: 8, torch.uint8: 4}.get(held.keys.dtype) if values.shape[-1] == 1 else None
+    if found is None and values.shape[-1]:
+        raise ValueError(
+            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
+            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
+        )
+    if found != bits and held.keys.numel():
+        raise ValueError(
+            f"this cache was filled with {found or 'all'} bits, and the model keeps {bits or 'all'}: start with an empty one"
+        )

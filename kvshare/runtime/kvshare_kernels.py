@@ -1,0 +1,286 @@
+# Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
+"""Triton kernels of shared attention: every tile of the cache is read once, rotated in registers, used as K and V.
+
+In: pointers and strides; `kvshare_triton` calls them. Out: the attention output, or what each split of the cached length found.
+Never: know of models.
+
+Rows of a program are query tokens with all query heads of a KV head: row r is token r // group, head r % group of them. Positions
+come in one of two forms: as rope of each slot, or, for consecutive slots, as rope of where tiles begin and within a tile. Then
+queries are turned back once for each tile, and keys by a table that stays in registers. The softmax runs along with the tiles.
+"""
+
+# ruff: noqa: N803
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # whoever chooses this file asks first
+    raise ImportError("the kernels for GPUs need triton: pip install triton, or set KVSHARE_ATTENTION=eager") from error
+
+NONE = tl.constexpr(-1e30)  # a score that gives no weight
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _numbers(rows, scale, columns, live, KIND: tl.constexpr, HALF: tl.constexpr):
+    """What is cached in these columns, (slots, columns), float32; int8 and pairs of 4 bits times their scale."""
+    if KIND == 3:
+        pair = tl.load(rows[:, None] + (columns % HALF)[None, :], mask=live, other=0).to(tl.int32)
+        found = (((pair >> (columns // HALF * 4)[None, :]) & 15) - 8).to(tl.float32) * scale[:, None]
+    else:
+        found = tl.load(rows[:, None] + columns[None, :], mask=live, other=0).to(tl.float32)
+        if KIND == 2:
+            found = found * scale[:, None]
+    return tl.where(live, found, 0.0)
+
+
+@triton.jit
+def _factor(x, kind, WIDE: tl.constexpr):
+    """What a product is made of, rounded as queries are. The interpreter can do neither with bfloat16: this can."""
+    if WIDE:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def _turned(first, second, cosine, sine):
+    """Rope on the two numbers of each pair."""
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def attend_kernel(
+    query,
+    shared,
+    scales,
+    cosines,
+    within,
+    mask,
+    key_bias,
+    value_bias,
+    norm,
+    sinks,
+    out,
+    partial,
+    query_b,
+    query_h,
+    query_t,
+    shared_b,
+    shared_h,
+    shared_t,
+    scale_b,
+    scale_h,
+    scale_t,
+    table_b,
+    mask_b,
+    mask_t,
+    out_b,
+    out_t,
+    out_h,
+    heads,
+    rows,
+    slots,
+    splits,
+    scaling,
+    eps,
+    softcap,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    KIND: tl.constexpr,
+    TABLED: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
+    VALUE_BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Programs: (blocks of M rows, batch * kv heads, splits). N slots of a tile; P >= PAIRS and R >= D - 2 PAIRS, powers of 2."""
+    unit, split = tl.program_id(1), tl.program_id(2)
+    b, h = (unit // heads).to(tl.int64), unit % heads
+    kind = query.dtype.element_ty
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    real = row < rows
+    token, head = (row // GROUP).to(tl.int64), h * GROUP + row % GROUP
+    pair, rest = tl.arange(0, P), 2 * PAIRS + tl.arange(0, R)
+    pairs, rests = pair < PAIRS, rest < D
+    if ADJACENT:
+        first, second = 2 * pair, 2 * pair + 1
+    else:
+        first, second = pair, pair + PAIRS
+    if PAIRS == 0:
+        first, second = pair, pair  # nothing is read of them
+
+    begin_q = query + b * query_b + head * query_h + token * query_t
+    q1 = tl.load(begin_q[:, None] + first[None, :], mask=real[:, None] & pairs[None, :], other=0.0)
+    q2 = tl.load(begin_q[:, None] + second[None, :], mask=real[:, None] & pairs[None, :], other=0.0)
+    q3 = tl.load(begin_q[:, None] + rest[None, :], mask=real[:, None] & rests[None, :], other=0.0)
+    if not TABLED and PAIRS > 0:
+        offset = tl.arange(0, N)[:, None] * 2 * PAIRS + pair[None, :]
+        cosine = tl.load(within + offset, mask=pairs[None, :], other=0.0)
+        sine = tl.load(within + offset + PAIRS, mask=pairs[None, :], other=0.0)
+
+    most = tl.full((M,), NONE, tl.float32)
+    mass = tl.zeros((M,), tl.float32)
+    sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
+
+    tiles = tl.cdiv(slots, N)
+    lowest, highest = tiles * split // splits, tiles * (split + 1) // splits
+    if CAUSAL:  # the last query sees all slots
+        last = slots - 1 - (rows - 1) // GROUP + tl.minimum(tl.program_id(0) * M + M, rows) // GROUP
+        highest = tl.minimum(highest, tl.cdiv(last + 1, N))
+    begin_m = mask + b * mask_b + token * mask_t
+    if MASK == 1:  # tiles that no row sees at the ends of the range are not read
+        low, high = highest, lowest
+        for tile in range(lowest, highest):
+            slot = tile * N + tl.arange(0, N)
+            seen = tl.load(begin_m[:, None] + slot[None, :], mask=real[:, None] & (slot < slots)[None, :], other=0)
+            any_seen = tl.max(seen.to(tl.int32)) > 0
+            low = tl.where(any_seen, tl.minimum(low, tile), low)
+            high = tl.where(any_seen, tile + 1, high)
+        lowest, highest = low, high
+
+    for tile in range(lowest, highest):
+        slot = tile * N + tl.arange(0, N)
+        there = slot < slots
+        at = shared + b * shared_b + h * shared_h + slot.to(tl.int64) * shared_t
+        scale = tl.zeros((N,), tl.float32)
+        if KIND >= 2:
+            scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0).to(tl.float32)
+        s1 = _numbers(at, scale, first, there[:, None] & pairs[None, :], KIND, D // 2)
+        s2 = _numbers(at, scale, second, there[:, None] & pairs[None, :], KIND, D // 2)
+        s3 = _numbers(at, scale, rest, there[:, None] & rests[None, :], KIND, D // 2)
+        k1, k2, k3 = s1, s2, s3
+        if KEY_BIAS:
+            k1 += tl.load(key_bias + h * D + first, mask=pairs, other=0.0)[None, :]
+            k2 += tl.load(key_bias + h * D + second, mask=pairs, other=0.0)[None, :]
+            k3 += tl.load(key_bias + h * D + rest, mask=rests, other=0.0)[None, :]
+        if NORM:
+            size = tl.sum(k3 * k3, 1)
+            if PAIRS > 0:
+                size += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
+            size = tl.rsqrt(size / D + eps)[:, None]
+            k1 *= size * tl.load(norm + first, mask=pairs, other=0.0)[None, :]
+            k2 *= size * tl.load(norm + second, mask=pairs, other=0.0)[None, :]
+            k3 *= size * tl.load(norm + rest, mask=rests, other=0.0)[None, :]
+        score = tl.zeros((M, N), tl.float32)
+        if PAIRS > 0:
+            if TABLED:
+                inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
+                live = there[:, None] & pairs[None, :]
+                k1, k2 = _turned(k1, k2, tl.load(inner, mask=live, other=0.0), tl.load(inner + PAIRS, mask=live, other=0.0))
+                r1, r2 = _factor(q1, kind, WIDE), _factor(q2, kind, WIDE)
+            else:
+                start = cosines + b * table_b + tile * 2 * PAIRS + pair
+                back = tl.load(start, mask=pairs, other=0.0)[None, :]
+                aside = -tl.load(start + PAIRS, mask=pairs, other=0.0)[None, :]
+                r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), back, aside)
+                r1, r2 = _factor(r1, kind, WIDE), _factor(r2, kind, WIDE)
+                k1, k2 = _turned(k1, k2, cosine, sine)
+            score = tl.dot(r1, tl.trans(_factor(k1, kind, WIDE)), score, input_precision="ieee")
+            score = tl.dot(r2, tl.trans(_factor(k2, kind, WIDE)), score, input_precision="ieee")
+        if 2 * PAIRS < D:
+            score = tl.dot(_factor(q3, kind, WIDE), tl.trans(_factor(k3, kind, WIDE)), score, input_precision="ieee")
+        score *= scaling
+        if CAP:
+            small = tl.exp(-2 * tl.abs(score) / softcap)
+            score = tl.where(score < 0, -softcap, softcap) * (1 - small) / (1 + small)
+        attends = real[:, None] & there[None, :]
+        if CAUSAL:
+            attends = attends & (slot[None, :] <= (slots - 1 - (rows - 1) // GROUP + token)[:, None])
+        if MASK == 1:
+            attends = attends & (tl.load(begin_m[:, None] + slot[None, :], mask=attends, other=0) != 0)
+        if MASK == 2:
+            score += tl.load(begin_m[:, None] + slot[None, :], mask=attends, other=0.0).to(tl.float32)
+        score = tl.where(attends, score, NONE)
+        score = tl.where(score > NONE / 2, score, NONE)
+        above = tl.maximum(most, tl.max(score, 1))
+        shrink = tl.exp2((most - above) * LOG2E)
+        weight = tl.where(score > NONE / 2, tl.exp2((score - above[:, None]) * LOG2E), 0.0)
+        mass = mass * shrink + tl.sum(weight, 1)
+        most = above
+        weight = _factor(weight, kind, WIDE)
+        if PAIRS > 0:
+            sum1 = tl.dot(weight, _factor(s1, kind, WIDE), sum1 * shrink[:, None], input_precision="ieee")
+            sum2 = tl.dot(weight, _factor(s2, kind, WIDE), sum2 * shrink[:, None], input_precision="ieee")
+        if 2 * PAIRS < D:
+            sum3 = tl.dot(weight, _factor(s3, kind, WIDE), sum3 * shrink[:, None], input_precision="ieee")
+
+    if SPLIT:
+        place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
+        tl.store(place + D, most, mask=real)
+        tl.store(place + D + 1, mass, mask=real)
+    else:
+        place = out + b * out_b + token * out_t + head * out_h
+        if SINKS:
+            sink = tl.load(sinks + head, mask=real, other=NONE)
+            above = tl.maximum(most, sink)
+            shrink = tl.exp2((most - above) * LOG2E)
+            whole = mass * shrink + tl.exp2((sink - above) * LOG2E)
+        else:
+            shrink, whole = tl.full((M,), 1.0, tl.float32), mass
+        shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
+        sum1, sum2, sum3 = sum1 * shrink, sum2 * shrink, sum3 * shrink
+        if VALUE_BIAS:
+            share = mass[:, None] * shrink
+            sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[None, :]
+            sum2 += share * tl.load(value_bias + h * D + second, mask=pairs, other=0.0)[None, :]
+            sum3 += share * tl.load(value_bias + h * D + rest, mask=rests, other=0.0)[None, :]
+    tl.store(place[:, None] + first[None, :], sum1, mask=real[:, None] & pairs[None, :])
+    tl.store(place[:, None] + second[None, :], sum2, mask=real[:, None] & pairs[None, :])
+    tl.store(place[:, None] + rest[None, :], sum3, mask=real[:, None] & rests[None, :])
+
+
+@triton.jit
+def join_kernel(
+    partial,
+    value_bias,
+    sinks,
+    out,
+    out_b,
+    out_t,
+    out_h,
+    heads,
+    rows,
+    splits,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    VALUE_BIAS: tl.constexpr,
+    SINKS: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+):
+    """Programs: (batch * kv heads, rows). What the splits found becomes one row; S >= splits and W >= D, powers of 2."""
+    unit, row = tl.program_id(0), tl.program_id(1)
+    b, h, token, head = (unit // heads).to(tl.int64), unit % heads, row // GROUP, (unit % heads) * GROUP + row % GROUP
+    split, column = tl.arange(0, S), tl.arange(0, W)
+    place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
+    real = split < splits
+    most = tl.load(place + D, mask=real, other=NONE)
+    mass = tl.load(place + D + 1, mask=real, other=0.0)
+    above = tl.max(most, 0)
+    added = 0.0
+    if SINKS:
+        sink = tl.load(sinks + head)
+        above = tl.maximum(above, sink)
+        added = tl.exp2((sink - above) * LOG2E)
+    share = tl.where(real, tl.exp2((most - above) * LOG2E), 0.0)
+    own = tl.sum(share * mass, 0)
+    whole = own + added
+    part = tl.load(place[:, None] + column[None, :], mask=real[:, None] & (column < D)[None, :], other=0.0)
+    factor = tl.where(whole > 0, 1 / tl.where(whole > 0, whole, 1.0), 0.0)
+    found = tl.sum(part * share[:, None], 0) * factor
+    if VALUE_BIAS:
+        found += own * factor * tl.load(value_bias + h * D + column, mask=column < D, other=0.0)
+    tl.store(out + b * out_b + token * out_t + head * out_h + column, found, mask=column < D)

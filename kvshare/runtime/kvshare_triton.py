@@ -1,0 +1,184 @@
+# Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
+"""Shared attention on a GPU, by the kernels of `kvshare_kernels`.
+
+In: rotated queries and what is cached. Out: the attention output. One kernel serves decoding, split over the cached length and put
+together by a second one, and prefill. Never: waits for the device once it has run, so that CUDA graphs can hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kvshare_kernels import attend_kernel, join_kernel
+
+TILE = 32  # slots that a program reads at a time: the table of their rope fits in registers
+
+
+def interpreted() -> bool:
+    """Whether kernels run in triton's interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def problem_on(device: torch.device, dtype: torch.dtype, head_dim: int, width: int) -> str | None:
+    """Why the kernel is of no use on a device, or None: it is run once on numbers whose attention stock torch can compute."""
+    if device.type != "cuda" and not interpreted():
+        return f"triton has no kernels for {device.type}"
+    generator = torch.Generator().manual_seed(0)
+    query, shared = (torch.randn(1, 2, n, head_dim, generator=generator).to(device, dtype) for n in (1, 3 * TILE - 1))
+    turned = torch.zeros(2, 3 + TILE, width // 2, device=device)
+    turned[0] = 1
+    tables = turned.transpose(0, 1)
+    options: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "norm", "softcap", "sinks"))
+    try:
+        found = attend_on_gpu(
+            query, shared, (tables[None, :3], tables[3:]) if width else None, scaling=0.1, adjacent=False, eps=0.0, **options
+        )
+    except Exception as error:  # whatever a compiler or a driver says
+        return f"the kernel for GPUs fails here: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    expected = torch.nn.functional.scaled_dot_product_attention(query.float(), shared.float(), shared.float(), scale=0.1)
+    off = float((found.float().transpose(1, 2) - expected).norm() / expected.norm())
+    return None if off < 0.02 else f"the kernel for GPUs is off by {off:.1%} here"
+
+
+def _parts(whole: int, size: int) -> int:
+    return -(-whole // size)
+
+
+def _power(number: int) -> int:
+    """The least power of 2 that is no smaller."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def attend_on_gpu(
+    query: Tensor,
+    shared: Tensor,
+    tables: tuple[Tensor, Tensor] | Tensor | None,
+    *,
+    scaling: float,
+    adjacent: bool,
+    mask: Tensor | None,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    scales: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Attention of any number of queries over what is cached.
+
+    Args:
+        query: rotated, (batch, query heads, new tokens, head_dim); float32, bfloat16 or float16.
+        shared: as cached, (batch, kv heads, slots, head_dim), in the dtype of queries; with `scales` int8, or uint8 of half the
+            width, whose lower 4 bits hold the first half of a head and whose upper ones the second, plus 8.
+        tables: rope of every slot, (batch or 1, slots, 2, pairs); or of where tiles begin, (batch or 1, tiles, 2, pairs), and of
+            the slots of a tile, (TILE, 2, pairs): cosines and sines, float32. None: keys do not rotate.
+        scaling: of scores.
+        adjacent: how rope pairs lie.
+        mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
+        key_bias, value_bias: (kv heads, head_dim), float32.
+        norm: what the norm of keys multiplies by, (head_dim), float32.
+        eps: of the norm.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: a score for each query head that takes weight and gives no value, (query heads), float32.
+        scales: of what is cached, (batch, kv heads, slots), float16.
+        causal: whether new tokens, which are the last slots, see no later ones.
+
+    Returns:
+        (batch, new tokens, query heads, head_dim), in the dtype of queries; 0 where a query attends to nothing.
+    """
+    batch, heads, slots = shared.shape[:3]
+    queries, new, head_dim = query.shape[1:]
+    group, rows = queries // heads, queries // heads * new
+    kind = 0 if scales is None else 2 if shared.shape[-1] == head_dim else 3
+    tabled = isinstance(tables, Tensor)
+    every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
+    pairs = 0 if every is None else every.shape[-1]
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    blocks, tiles = _parts(rows, block), _parts(slots, TILE)
+    splits = max(1, min(_parts(2 * _processors(query.device), blocks * batch * heads), _parts(tiles, 8)))
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    shared = shared if shared.stride(-1) == 1 else shared.contiguous()
+    if mask is not None:
+        mask = mask.expand(batch, 1, new, slots)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
+    wide = interpreted() and query.dtype == torch.bfloat16
+    out = torch.empty(batch, new, queries, head_dim, device=query.device, dtype=torch.float32 if wide else query.dtype)
+    size = batch * heads * splits * rows * (head_dim + 2) if splits > 1 else 1
+    partial = torch.empty(size, device=query.device, dtype=torch.float32)
+    none = partial  # stands for what there is not
+    options = {"VALUE_BIAS": value_bias is not None, "SINKS": sinks is not None, "GROUP": group, "D": head_dim}
+    table = none if every is None else every.contiguous()
+    attend_kernel[(blocks, batch * heads, splits)](
+        query,
+        shared,
+        none if scales is None else scales,
+        table,
+        none if tables is None or isinstance(tables, Tensor) else tables[1].contiguous(),
+        none if mask is None else mask,
+        none if key_bias is None else key_bias,
+        none if value_bias is None else value_bias,
+        none if norm is None else norm,
+        none if sinks is None else sinks,
+        out,
+        partial,
+        *query.stride()[:3],
+        *shared.stride()[:3],
+        *((0, 0, 0) if scales is None else scales.stride()[:3]),
+        0 if every is None or len(every) == 1 else table.stride(0),
+        *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
+        *out.stride()[:3],
+        heads,
+        rows,
+        slots,
+        splits,
+        scaling,
+        eps,
+        softcap or 1.0,
+        PAIRS=pairs,
+        ADJACENT=adjacent,
+        KIND=kind,
+        TABLED=tabled,
+        MASK=0 if mask is None else 1 if mask.dtype == torch.int8 else 2,
+        CAUSAL=causal and new > 1,
+        KEY_BIAS=key_bias is not None,
+        NORM=norm is not None,
+        CAP=softcap is not None,
+        SPLIT=splits > 1,
+        WIDE=wide,
+        M=block,
+        N=TILE,
+        P=max(16, _power(pairs)),
+        R=max(16, _power(head_dim - 2 * pairs)) if 2 * pairs < head_dim else 16,
+        num_warps=4 if head_dim <= 64 else 8,
+        num_stages=3,
+        **options,
+    )
+    if splits > 1:
+        join_kernel[(batch * heads, rows)](
+            partial,
+            none if value_bias is None else value_bias,
+            none if sinks is None else sinks,
+            out,
+            *out.stride()[:3],
+            heads,
+            rows,
+            splits,
+            S=_power(splits),
+            W=_power(head_dim),
+            **options,
+        )
+    return out.to(query.dtype)

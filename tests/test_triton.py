@@ -1,0 +1,136 @@
+"""The kernels for GPUs, in triton's interpreter: against float64, and that they compile for real devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from test_attention import INTEGERS, SHAPES, case, error
+
+from kvshare.runtime.reference import rotated, shared_attention
+
+pytest.importorskip("triton")
+from kvshare.runtime import kvshare_triton
+
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def pairs_alone(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Tables with a column for each pair also where pairs lie side by side."""
+    if arguments["tables"] is not None and arguments["adjacent"]:
+        arguments["tables"] = tuple(table[..., 1::2].contiguous() for table in arguments["tables"])
+    return arguments
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel is given to write to holds NaN."""
+
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full(args, torch.nan, **kwargs)
+
+    monkeypatch.setattr(kvshare_triton.torch, "empty", empty)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
+    arguments, expected = case(name, dtype, tile=kvshare_triton.TILE)
+    got = kvshare_triton.attend_on_gpu(**pairs_alone(arguments))
+    assert got.dtype == dtype
+    assert error(got, expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_decoding_of_integers(name: str, bits: int) -> None:
+    arguments, expected = case(name, tile=kvshare_triton.TILE, bits=bits)
+    assert error(kvshare_triton.attend_on_gpu(**pairs_alone(arguments)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("splits", [1, 3, 40])
+def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    for name in ("one head", "sinks"):
+        arguments, expected = case(name, tile=kvshare_triton.TILE)
+        monkeypatch.setattr(kvshare_triton, "_processors", lambda device: splits)
+        assert error(kvshare_triton.attend_on_gpu(**arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize("masked", ["causal", "padded", "window"])
+def test_prefill_against_float64(masked: str, adjacent: bool) -> None:
+    batch, queries, heads, head_dim, new, past = 2, 4, 2, 32, 70, 30
+    generator = torch.Generator().manual_seed(3)
+    slots = past + new
+    query = torch.randn(batch, queries, new, head_dim, generator=generator)
+    shared = torch.randn(batch, heads, slots, head_dim, generator=generator)
+    positions = (torch.arange(slots) - torch.tensor([[0], [13]])).clamp(min=0)  # of padding, any
+    angles = positions[..., None].double() * 100.0 ** -(torch.arange(12, dtype=torch.float64) / 12)  # 24 of 32 numbers rotate
+    query = rotated(query.double(), angles[:, None, past:], adjacent).float()
+    where, at = torch.arange(slots), torch.arange(past, slots)[:, None]
+    mask = (where <= at)[None, None].expand(batch, 1, new, slots)
+    if masked == "padded":
+        mask = mask & (where >= torch.tensor([0, 13]).view(batch, 1, 1, 1))
+    if masked == "window":
+        mask = mask & (where > at - 20)
+    options = dict.fromkeys(("key_bias", "value_bias", "norm", "softcap", "sinks")) | {"scaling": 0.2, "adjacent": adjacent}
+    expected = shared_attention(query, shared, angles, mask=mask, eps=0.0, **options)
+    tables = torch.stack([angles.cos(), angles.sin()], 2).float()
+    given = {"mask": None, "causal": True} if masked == "causal" else {"mask": mask}
+    got = kvshare_triton.attend_on_gpu(query, shared, tables, eps=0.0, **options, **given)
+    assert error(got, expected) < 1e-5
+
+
+def test_the_kernel_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    try:
+        kvshare_triton.problem_on.cache_clear()
+        assert kvshare_triton.problem_on(device, torch.float32, 32, 32) is None
+        kvshare_triton.problem_on.cache_clear()
+        monkeypatch.setattr(kvshare_triton, "attend_on_gpu", lambda query, *_, **__: 1.2 * query.transpose(1, 2))
+        assert "is off by" in str(kvshare_triton.problem_on(device, torch.float32, 32, 32))
+        monkeypatch.setattr(kvshare_triton, "attend_on_gpu", lambda *_, **__: 1 / 0)
+        kvshare_triton.problem_on.cache_clear()
+        assert "ZeroDivisionError" in str(kvshare_triton.problem_on(device, torch.float32, 32, 32))
+    finally:
+        kvshare_triton.problem_on.cache_clear()
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kvshare.runtime import kvshare_kernels as kernels
+
+def compiled(kernel, capability, constants, pointers):
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3})
+
+floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sinks", "partial"), "*fp32")
+floats |= dict.fromkeys(("scaling", "eps", "softcap"), "fp32") | {"scales": "*fp16"}
+flags = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS", "WIDE"), False)
+every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
+decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 16, "N": 32, "P": 32, "R": 16}
+for capability, dtype, more in (
+    (80, "*bf16", {}),
+    (90, "*fp16", every | {"SPLIT": False, "M": 64, "PAIRS": 16, "R": 32, "MASK": 1}),
+    (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
+):
+    constants = flags | decode | more
+    shared = {0: dtype, 2: "*i8", 3: "*u8"}[constants["KIND"]]
+    pointers = floats | {"query": dtype, "out": dtype, "shared": shared, "mask": "*fp32" if constants["MASK"] == 2 else "*i8"}
+    assert "mma" in compiled(kernels.attend_kernel, capability, constants, pointers).asm["ptx"]
+    constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "S": 16, "W": 64}
+    compiled(kernels.join_kernel, capability, constants, floats | {"out": "*bf16"})
+"""
+
+
+def test_the_kernels_compile_for_gpus() -> None:
+    """To machine code for A100 and H100: what the interpreter forgives, the compiler does not."""
+    environment = {"TRITON_INTERPRET": "0", "PATH": "/usr/bin:/bin", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
