@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # one for the process: Python finds the package in it once
 os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run on the CPU
 
 import gc
@@ -51,6 +53,11 @@ TEXT = [
 ]
 # One closed form per layer, for tests that are not about which of several is the best.
 QUICK = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the remote code that this process has loaded."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -120,12 +120,7 @@ def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_experts_are_read_by_remote_code(
-    forms: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+def test_experts_are_read_by_remote_code(forms: Callable[[str, str], Path]) -> None:
     folder, ids = forms("qwen3_moe", "svd"), torch.arange(100, 140)[None]
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     assert type(remote).__module__.startswith("transformers_modules")
@@ -207,12 +202,7 @@ def test_keys_and_values_of_one_projection_are_cached_once(
         pass
 
 
-def test_keys_and_values_of_one_projection_by_remote_code(
-    forms: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+def test_keys_and_values_of_one_projection_by_remote_code(forms: Callable[[str, str], Path]) -> None:
     folder, ids = forms("gemma4_text-borrowed", "mean"), torch.arange(100, 140)[None]
     remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     assert type(remote).__module__.startswith("transformers_modules")

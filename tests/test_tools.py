@@ -137,13 +137,9 @@ def test_fsdp2(folder: Callable[[str], Path], mesh: Any) -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_are_merged_and_saved(
-    folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dora: bool
-) -> None:
+def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: Path, dora: bool) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import dynamic_module_utils
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     targets = ["q_proj", "k_proj", "o_proj", "up_proj"]
     config = LoraConfig(r=4, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
     model = get_peft_model(kvshare.load(folder("biases"), dtype=torch.float32), config)

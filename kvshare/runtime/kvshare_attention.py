@@ -193,6 +193,8 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
     """Why no kernel computes what a shared attention module computes, or None; `sample` as for `pairs_of`."""
     if attention.kvshare_exact:
         return "the exact form makes values of the keys of all heads"
+    if hasattr(attention, "kvshare_value_norm"):
+        return "values pass a norm of their own"
     if getattr(attention.config, "clip_qkv", None) is not None:
         return "keys are clipped"
     attention.kvshare_norm = attention.kvshare_pairs = None

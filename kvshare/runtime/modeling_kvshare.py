@@ -569,7 +569,7 @@ class _TiedView(NamedTuple):
         """Both (batch, kv heads, new tokens, head_dim); so are the keys and values of all slots."""
         own, shared = self.attention, value
         if self.cache is not None:
-            shared, _ = self.cache.update(shared, shared[..., :0], layer)
+            shared = read(self.cache, shared, layer, own.kvshare_bits)
         return self.rotate(own.k_norm(shared), *self.tables), own.kvshare_value_norm(shared)
 
 
