@@ -96,6 +96,7 @@ def test_options_are_named_as_in_the_library(verb: str) -> None:
     if options.pop("as_json", None) is not None:
         assert "--json" in next(p.opts for p in command.params if p.name == "as_json")
     options.pop("quiet")  # of the command line alone; the library shows nothing
+    options.pop("verbose", None)  # nor this
     parameters = dict(inspect.signature(getattr(kvshare, VERBS[verb])).parameters)
     parameters.pop("progress", None)
     if "dry_run" not in parameters:

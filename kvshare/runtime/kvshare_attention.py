@@ -199,6 +199,8 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
         return "keys are clipped"
     attention.kvshare_norm = attention.kvshare_pairs = None
     norm = first_of(attention, KEY_NORMS)
+    if norm is not None and any(weight.is_meta for weight in norm.parameters()):
+        return "norms of keys are not in memory"
     if norm is not None:
         attention.kvshare_norm = norm_of(norm, attention.head_dim)
         if attention.kvshare_norm is None:
