@@ -27,7 +27,7 @@ HEALING = 4  # forwards: teacher, student, and the backward pass for two
 CHOSEN_ON = 8_192  # tokens that the damage of each choice is measured on
 STREAMS = 3  # through each layer: the source's targets, the source, the converted layers before it
 SEARCH_STEPS = 60  # of the closed form at the first balance, and about two thirds of that at each other one
-PAIR_STEPS = STATISTICS_STEPS = 20
+PAIR_STEPS, STATISTICS_STEPS = 20, 12
 BYTES_PER_SECOND = 5e8  # copied and synced
 START = 8.0  # seconds until the libraries are there
 

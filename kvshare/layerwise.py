@@ -36,7 +36,8 @@ from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 
 FIXED_BALANCE = 4.0  # where there is no text to search for the balance of least error on
-ALONE_ITERATIONS = 20  # of the search, where layers are compared or there is no text; the rest gains a few percent of the error
+ALONE_ITERATIONS = 20  # of the search, where layers are compared; the rest gains a few percent of the error
+STATISTICS_ITERATIONS = 12  # where there is no text: the perplexity of twenty steps, in three fifths of the time
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def merge_on_statistics(
         layer: for the report.
     """
     balance = settings.balance[0] if len(settings.balance) == 1 else FIXED_BALANCE
-    solved = solve_layer(weights, moments, balance, None, ALONE_ITERATIONS, settings.joint)
+    solved = solve_layer(weights, moments, balance, None, STATISTICS_ITERATIONS, settings.joint)
     merged, report = merge_svd(weights, moments.grouping, solved)
     return merged, LayerReport(layer, report.lost, None, balance, report.condition, report.grouping)
 

@@ -59,5 +59,5 @@ def test_steps_are_those_that_are_taken() -> None:
     assert svd.ITERATIONS == duration.SEARCH_STEPS
     assert 3 * svd.RESTARTED_ITERATIONS == 2 * duration.SEARCH_STEPS
     assert regroup.PAIR_ITERATIONS == duration.PAIR_STEPS
-    assert layerwise.ALONE_ITERATIONS == duration.STATISTICS_STEPS
+    assert layerwise.STATISTICS_ITERATIONS == duration.STATISTICS_STEPS
     assert sensitivity.HELD_OUT_TOKENS == duration.CHOSEN_ON

@@ -17,7 +17,7 @@ import kvshare
 from kvshare import activations
 from kvshare.activations import room
 from kvshare.errors import BadCheckpointError, UsageError
-from kvshare.layerwise import ALONE_ITERATIONS, FIXED_BALANCE
+from kvshare.layerwise import FIXED_BALANCE, STATISTICS_ITERATIONS
 from kvshare.recipe import Recipe
 
 BARE: dict[str, Any] = {"heal": False, "eval_mode": "off"}
@@ -51,7 +51,7 @@ def test_statistics_give_the_weights_that_their_text_gives(
     source = source_folder(key)
     without = kvshare.convert(source, tmp_path / "a", statistics=taken(key, kv_heads), kv_heads=kv_heads, **BARE)
     # all that text alone allows for is left out
-    monkeypatch.setattr("kvshare.merge.svd.ITERATIONS", ALONE_ITERATIONS)
+    monkeypatch.setattr("kvshare.merge.svd.ITERATIONS", STATISTICS_ITERATIONS)
     settings = {"balance": [FIXED_BALANCE], "refit": False, "sequential": False}
     recipe = Recipe.model_validate({"merge": settings})
     text: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 4096}

@@ -331,11 +331,8 @@ def _against_compiled(decoder: Any, inputs: Tensor) -> str | None:
     if inputs.dtype not in (torch.float32, torch.bfloat16):
         return f"the kernel for the CPU knows no {inputs.dtype}"
     kind = KINDS[{8: torch.int8, 4: torch.uint8}.get(decoder.kvshare_bits, inputs.dtype)]
-    for head_dim, width, adjacent in decoder.kvshare_plan.made:
-        problem = missing(Made(head_dim, width, adjacent, kind))
-        if problem:
-            return problem
-    return None
+    problems = (missing(Made(dim, width, adjacent, kind)) for dim, width, adjacent in decoder.kvshare_plan.made)
+    return next(filter(None, problems), None)
 
 
 def _against_triton(decoder: Any, inputs: Tensor) -> str | None:
