@@ -175,6 +175,11 @@ def missing(made: Made) -> str | None:
     return None
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """The tensor as kernels read it: the numbers of its last dimension lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def decode_on_cpu(
     query: Tensor,
     shared: Tensor,
@@ -219,14 +224,13 @@ def decode_on_cpu(
     head_dim, new, rows = query.shape[-1], query.shape[2], query.shape[1] * query.shape[2] // heads
     width = 0 if tables is None else tables[1].shape[-1] * (1 if adjacent else 2)
     step = kernel(Made(head_dim, width, adjacent, KINDS[shared.dtype]))
-    shared = shared if shared.stride(-1) == 1 else shared.contiguous()
+    shared = in_rows(shared)
     threads = torch.get_num_threads()
     splits = min(-(-4 * threads // (batch * heads)), -(-slots // PART))
     out = torch.empty(batch, query.shape[1], new, head_dim)
     partial = torch.empty(batch * heads * splits * rows * (head_dim + 2))
     if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.float()
-        mask = mask.expand(batch, 1, new, slots) if mask.stride(-1) == 1 else mask.expand(batch, 1, new, slots).contiguous()
+        mask = in_rows((mask if mask.dtype == torch.bool else mask.float()).expand(batch, 1, new, slots))
     given = [
         None if x is None else x.contiguous()
         for x in (query.float() * scaling, *(tables or (None, None)), key_bias, norm, value_bias, sinks)

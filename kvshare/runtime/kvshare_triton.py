@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
 from .kvshare_kernels import attend_kernel, join_kernel
-
-TILE = 32  # slots that a program reads at a time: the table of their rope fits in registers
 
 
 def interpreted() -> bool:
@@ -109,11 +108,9 @@ def attend_on_gpu(
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     blocks, tiles = _parts(rows, block), _parts(slots, TILE)
     splits = max(1, min(_parts(2 * _processors(query.device), blocks * batch * heads), _parts(tiles, 8)))
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    shared = shared if shared.stride(-1) == 1 else shared.contiguous()
+    query, shared = in_rows(query), in_rows(shared)
     if mask is not None:
-        mask = mask.expand(batch, 1, new, slots)
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        mask = in_rows(mask.expand(batch, 1, new, slots))
         mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
     wide = interpreted() and query.dtype == torch.bfloat16
     out = torch.empty(batch, new, queries, head_dim, device=query.device, dtype=torch.float32 if wide else query.dtype)
