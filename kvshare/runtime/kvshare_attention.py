@@ -129,7 +129,7 @@ def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: 
 
 
 def tile_tables(
-    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], by_number: bool
+    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], tile: int, by_number: bool
 ) -> tuple[Tensor, Tensor]:
     """Rope where each tile of the cache begins, and within a tile: together they give every slot's.
 
@@ -142,16 +142,17 @@ def tile_tables(
         slots: positions of consecutive slots, (batch or 1, slots).
         pairs: how the family rotates.
         kind: the layer type, where the rotary embedding wants it.
+        tile: slots of a tile.
         by_number: whether tables have a column for each number that is rotated, sines with the sign of their term.
 
     Returns:
-        (batch or 1, tiles, 2, pairs) and (TILE, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
+        (batch or 1, tiles, 2, pairs) and (tile, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
     """
     last = slots.amax()
-    begins = slots[:, :1] + torch.arange(0, slots.shape[1], TILE, device=slots.device)
+    begins = slots[:, :1] + torch.arange(0, slots.shape[1], tile, device=slots.device)
     begins = torch.minimum(begins, last)  # beyond the last token lies the empty tail of a static cache
     # backwards from 0: positions beyond the last would change frequencies
-    within = -torch.arange(TILE, device=slots.device).expand(len(slots), TILE)
+    within = -torch.arange(tile, device=slots.device).expand(len(slots), tile)
     every = torch.cat([begins, within, last.expand(len(slots), 1)], 1)
     tables, count = slot_tables(rotary, inputs, every, pairs, kind), begins.shape[1]
     first, second = tables[:, :count], tables[0, count:-1]
@@ -222,7 +223,11 @@ def _kernel_tables(
     if inputs.shape[1] > FEW:
         tables = slot_tables(decoder.rotary_emb, inputs, slots, pairs, kind)
         return tables, tables.new_empty(0)
-    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, pairs.adjacent and choice.backend == "compiled")
+    if choice.backend == "triton":
+        from .kvshare_triton import TILE as tile
+
+        return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, tile, False)
+    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, TILE, pairs.adjacent)
 
 
 def cached_tables(

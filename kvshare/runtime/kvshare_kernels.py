@@ -23,21 +23,21 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _numbers(rows, scale, columns, live, KIND: tl.constexpr, HALF: tl.constexpr):
-    """What is cached in these columns, (slots, columns), float32; int8 and pairs of 4 bits times their scale."""
+def _numbers(rows, columns, live, KIND: tl.constexpr, HALF: tl.constexpr):
+    """What is cached in these columns, (slots, columns), as it is cached; of pairs of 4 bits the whole numbers."""
     if KIND == 3:
-        pair = tl.load(rows[:, None] + (columns % HALF)[None, :], mask=live, other=0).to(tl.int32)
-        found = (((pair >> (columns // HALF * 4)[None, :]) & 15) - 8).to(tl.float32) * scale[:, None]
+        pair = tl.load(rows[:, None] + (columns % HALF)[None, :], mask=live, other=0x88).to(tl.int32)
+        found = ((pair >> (columns // HALF * 4)[None, :]) & 15) - 8
     else:
-        found = tl.load(rows[:, None] + columns[None, :], mask=live, other=0).to(tl.float32)
-        if KIND == 2:
-            found = found * scale[:, None]
-    return tl.where(live, found, 0.0)
+        found = tl.load(rows[:, None] + columns[None, :], mask=live, other=0)
+    return found
 
 
 @triton.jit
 def _factor(x, kind, WIDE: tl.constexpr):
     """What a product is made of, rounded as queries are. The interpreter can do neither with bfloat16: this can."""
+    if x.dtype.is_int():
+        x = x.to(tl.float32)
     if WIDE:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -131,6 +131,11 @@ def attend_kernel(
         cosine = tl.load(within + offset, mask=pairs[None, :], other=0.0)
         sine = tl.load(within + offset + PAIRS, mask=pairs[None, :], other=0.0)
 
+    if NORM:
+        norm1 = tl.load(norm + first, mask=pairs, other=0.0)[None, :]
+        norm2 = tl.load(norm + second, mask=pairs, other=0.0)[None, :]
+        norm3 = tl.load(norm + rest, mask=rests, other=0.0)[None, :]
+
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
     sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
@@ -155,25 +160,28 @@ def attend_kernel(
         slot = tile * N + tl.arange(0, N)
         there = slot < slots
         at = shared + b * shared_b + h * shared_h + slot.to(tl.int64) * shared_t
-        scale = tl.zeros((N,), tl.float32)
+        s1 = _numbers(at, first, there[:, None] & pairs[None, :], KIND, D // 2)
+        s2 = _numbers(at, second, there[:, None] & pairs[None, :], KIND, D // 2)
+        s3 = _numbers(at, rest, there[:, None] & rests[None, :], KIND, D // 2)
+        k1, k2, k3 = s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
+        # what a whole key is multiplied by multiplies scores: there are fewer of them
+        times = tl.full((N,), 1.0, tl.float32)
         if KIND >= 2:
             scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0).to(tl.float32)
-        s1 = _numbers(at, scale, first, there[:, None] & pairs[None, :], KIND, D // 2)
-        s2 = _numbers(at, scale, second, there[:, None] & pairs[None, :], KIND, D // 2)
-        s3 = _numbers(at, scale, rest, there[:, None] & rests[None, :], KIND, D // 2)
-        k1, k2, k3 = s1, s2, s3
+            if KEY_BIAS:
+                k1, k2, k3 = k1 * scale[:, None], k2 * scale[:, None], k3 * scale[:, None]
+            else:
+                times = scale
         if KEY_BIAS:
             k1 += tl.load(key_bias + h * D + first, mask=pairs, other=0.0)[None, :]
             k2 += tl.load(key_bias + h * D + second, mask=pairs, other=0.0)[None, :]
             k3 += tl.load(key_bias + h * D + rest, mask=rests, other=0.0)[None, :]
         if NORM:
-            size = tl.sum(k3 * k3, 1)
-            if PAIRS > 0:
-                size += tl.sum(k1 * k1, 1) + tl.sum(k2 * k2, 1)
-            size = tl.rsqrt(size / D + eps)[:, None]
-            k1 *= size * tl.load(norm + first, mask=pairs, other=0.0)[None, :]
-            k2 *= size * tl.load(norm + second, mask=pairs, other=0.0)[None, :]
-            k3 *= size * tl.load(norm + rest, mask=rests, other=0.0)[None, :]
+            size = tl.sum(k1 * k1 + k2 * k2, 1) if PAIRS > 0 else tl.zeros((N,), tl.float32)
+            if 2 * PAIRS < D:
+                size += tl.sum(k3 * k3, 1)
+            times *= tl.rsqrt(size * times * times / D + eps)
+            k1, k2, k3 = k1 * norm1, k2 * norm2, k3 * norm3
         score = tl.zeros((M, N), tl.float32)
         if PAIRS > 0:
             if TABLED:
@@ -192,24 +200,31 @@ def attend_kernel(
             score = tl.dot(r2, tl.trans(_factor(k2, kind, WIDE)), score, input_precision="ieee")
         if 2 * PAIRS < D:
             score = tl.dot(_factor(q3, kind, WIDE), tl.trans(_factor(k3, kind, WIDE)), score, input_precision="ieee")
-        score *= scaling
+        if KIND >= 2 or NORM:
+            score *= times[None, :]
         if CAP:
-            small = tl.exp(-2 * tl.abs(score) / softcap)
-            score = tl.where(score < 0, -softcap, softcap) * (1 - small) / (1 + small)
-        attends = real[:, None] & there[None, :]
+            score *= scaling
+            small = tl.exp2(tl.abs(score) * (-2 * LOG2E) / softcap)
+            score = tl.where(score < 0, -softcap, softcap) * (1 - small) / (1 + small) * LOG2E
+        else:
+            score *= scaling * LOG2E
+        attends = there[None, :]
         if CAUSAL:
             attends = attends & (slot[None, :] <= (slots - 1 - (rows - 1) // GROUP + token)[:, None])
         if MASK == 1:
-            attends = attends & (tl.load(begin_m[:, None] + slot[None, :], mask=attends, other=0) != 0)
+            attends = attends & (tl.load(begin_m[:, None] + slot[None, :], mask=attends & real[:, None], other=0) != 0)
         if MASK == 2:
-            score += tl.load(begin_m[:, None] + slot[None, :], mask=attends, other=0.0).to(tl.float32)
+            added = tl.load(begin_m[:, None] + slot[None, :], mask=attends & real[:, None], other=0.0).to(tl.float32)
+            score += tl.maximum(added, NONE) * LOG2E
         score = tl.where(attends, score, NONE)
-        score = tl.where(score > NONE / 2, score, NONE)
         above = tl.maximum(most, tl.max(score, 1))
-        shrink = tl.exp2((most - above) * LOG2E)
-        weight = tl.where(score > NONE / 2, tl.exp2((score - above[:, None]) * LOG2E), 0.0)
+        base = tl.where(above > NONE / 2, above, 0.0)  # a row that has seen nothing yet: all its weights are 0
+        shrink = tl.exp2(most - base)
+        weight = tl.exp2(score - base[:, None])
         mass = mass * shrink + tl.sum(weight, 1)
         most = above
+        if KIND >= 2:
+            weight *= scale[None, :]
         weight = _factor(weight, kind, WIDE)
         if PAIRS > 0:
             sum1 = tl.dot(weight, _factor(s1, kind, WIDE), sum1 * shrink[:, None], input_precision="ieee")
@@ -224,10 +239,10 @@ def attend_kernel(
     else:
         place = out + b * out_b + token * out_t + head * out_h
         if SINKS:
-            sink = tl.load(sinks + head, mask=real, other=NONE)
+            sink = tl.load(sinks + head, mask=real, other=NONE) * LOG2E
             above = tl.maximum(most, sink)
-            shrink = tl.exp2((most - above) * LOG2E)
-            whole = mass * shrink + tl.exp2((sink - above) * LOG2E)
+            shrink = tl.exp2(most - above)
+            whole = mass * shrink + tl.exp2(sink - above)
         else:
             shrink, whole = tl.full((M,), 1.0, tl.float32), mass
         shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
@@ -272,10 +287,10 @@ def join_kernel(
     above = tl.max(most, 0)
     added = 0.0
     if SINKS:
-        sink = tl.load(sinks + head)
+        sink = tl.load(sinks + head) * LOG2E
         above = tl.maximum(above, sink)
-        added = tl.exp2((sink - above) * LOG2E)
-    share = tl.where(real, tl.exp2((most - above) * LOG2E), 0.0)
+        added = tl.exp2(sink - above)
+    share = tl.where(real, tl.exp2(most - above), 0.0)
     own = tl.sum(share * mass, 0)
     whole = own + added
     part = tl.load(place[:, None] + column[None, :], mask=real[:, None] & (column < D)[None, :], other=0.0)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
+from .kvshare_cpu import in_rows
 from .kvshare_kernels import attend_kernel, join_kernel
+
+TILE = 64  # slots that a program reads at a time; tables are made for it
 
 
 def interpreted() -> bool:
@@ -59,6 +61,13 @@ def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _launch(head_dim: int, block: int) -> tuple[int, int, int]:
+    """Warps of a program, stages of its loads, and programs for each processor of the device."""
+    if block > 16:
+        return (4 if head_dim <= 64 else 8), 2, 2
+    return (2, 3, 4) if head_dim <= 64 else (4, 3, 2) if head_dim <= 128 else (8, 2, 1)
+
+
 def attend_on_gpu(
     query: Tensor,
     shared: Tensor,
@@ -83,7 +92,7 @@ def attend_on_gpu(
         shared: as cached, (batch, kv heads, slots, head_dim), in the dtype of queries; with `scales` int8, or uint8 of half the
             width, whose lower 4 bits hold the first half of a head and whose upper ones the second, plus 8.
         tables: rope of every slot, (batch or 1, slots, 2, pairs); or of where tiles begin, (batch or 1, tiles, 2, pairs), and of
-            the slots of a tile, (TILE, 2, pairs): cosines and sines, float32. None: keys do not rotate.
+            the slots of a tile, (slots of a tile, 2, pairs), a power of 2: cosines and sines, float32. None: keys do not rotate.
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
@@ -106,8 +115,10 @@ def attend_on_gpu(
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    blocks, tiles = _parts(rows, block), _parts(slots, TILE)
-    splits = max(1, min(_parts(2 * _processors(query.device), blocks * batch * heads), _parts(tiles, 8)))
+    tile = TILE if tables is None or isinstance(tables, Tensor) else len(tables[1])
+    blocks, tiles = _parts(rows, block), _parts(slots, tile)
+    warps, stages, programs = _launch(head_dim, block)
+    splits = max(1, min(_parts(programs * _processors(query.device), blocks * batch * heads), _parts(tiles, 4)))
     query, shared = in_rows(query), in_rows(shared)
     if mask is not None:
         mask = in_rows(mask.expand(batch, 1, new, slots))
@@ -157,11 +168,11 @@ def attend_on_gpu(
         SPLIT=splits > 1,
         WIDE=wide,
         M=block,
-        N=TILE,
+        N=tile,
         P=max(16, _power(pairs)),
         R=max(16, _power(head_dim - 2 * pairs)) if 2 * pairs < head_dim else 16,
-        num_warps=4 if head_dim <= 64 else 8,
-        num_stages=3,
+        num_warps=warps,
+        num_stages=stages,
         **options,
     )
     if splits > 1:
