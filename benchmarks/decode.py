@@ -1,29 +1,49 @@
 """A decoding step of attention over the shared cache beside the native one: times in turns, errors against float64.
 
     python benchmarks/decode.py [--contexts 1024 8192 32768] [--batch-sizes 1 8] [--dtypes float32 bfloat16] [--json FILE]
+    python benchmarks/decode.py --bits 16 8 4                # the shared cache in fewer bits, too
+    python benchmarks/decode.py --models                     # a step of whole models, random weights
 
-Native is what transformers' sdpa attention does for one new token: keys that were rotated when they came in, and values, in stock
-scaled_dot_product_attention. Shared is the kernel that the runtime chooses. Both read what is cached for a whole layer; projections
-are the same in both and are left out. Errors: of what is written into memory that held NaN, against `runtime.reference`, relative
-in the Euclidean norm, of the first row of a batch.
+Runs on the GPU if there is one. Native is what transformers' sdpa attention does for one new token: keys that were rotated when
+they came in, and values, in stock scaled_dot_product_attention. Packed is stock attention with the query heads of a KV head as its
+tokens: the same sum, and the fastest that stock torch has. Shared is the kernel that the runtime chooses. All read what is cached
+for a whole layer; projections are the same in all and are left out. Errors: of what is written into memory that held NaN, against
+`runtime.reference`, relative in the Euclidean norm, of the first row of a batch.
+
+On a GPU every time is of a CUDA graph that does the step on as many caches as do not fit into the chip's own memory together, in
+turns; the bandwidth is that of what is cached, beside that of a plain copy. Whole models decode one token over a filled dynamic
+cache, once by plain calls and once as a CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvshare.runtime import kvshare_cpu
+from kvshare.runtime.kvshare_bits import dequantise, quantise
+from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
+from kvshare.tensors import best_device
+from kvshare.timing import clock_of
+
+Step = Callable[[], Tensor]
+NAMES = ("native", "packed", "shared")
+AWAY = 1 << 29  # bytes of caches after which none of the first is left on the chip
 
 
 @dataclass(frozen=True)
@@ -48,11 +68,13 @@ SHAPES = (
 class Row:
     """Milliseconds: medians; ratios to the shared step: the median of those of all pairs, with its quartiles.
 
-    `packed`: stock attention with the query heads of a KV head as its tokens, which natively happens for some masks alone.
+    `shared_bytes` are numbers and scales. `copied`: bytes that the shared step reads per second, by those that a plain copy of the
+    device moves; 0 on the CPU.
     """
 
     shape: str
     dtype: str
+    bits: int
     batch_size: int
     context: int
     pairs: int
@@ -64,6 +86,7 @@ class Row:
     native_bytes: int
     shared_bytes: int
     gigabytes_per_second: float
+    copied: float
     error: float
 
 
@@ -83,80 +106,308 @@ def tables(positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], -2).float()
 
 
-def prepare(shape: Shape, batch: int, context: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Tensor]], float]:
-    """The steps by name, and the error of the shared one."""
-    generator = torch.Generator().manual_seed(context + batch)
-    shared = torch.randn(batch, shape.heads, context, shape.head_dim, generator=generator).to(dtype)
-    frequencies = 5e5 ** -(torch.arange(shape.head_dim // 2, dtype=torch.float64) / (shape.head_dim // 2))
-    angles = torch.arange(context)[:, None].double() * frequencies
-    norm = torch.rand(shape.head_dim, generator=generator) + 0.5 if shape.norm else None
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, memory that is not initialised holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def prepare(
+    shape: Shape, batch: int, context: int, dtype: torch.dtype, bits: int, device: torch.device
+) -> tuple[dict[str, list[Step]], float]:
+    """The steps by name, on each of as many caches as it takes, and the error of the shared one."""
+    generator = torch.Generator(device).manual_seed(context + batch)
+    shared = torch.randn(batch, shape.heads, context, shape.head_dim, generator=generator, device=device).to(dtype)
+    numbers, scales = (shared, None) if bits == 16 else quantise(shared, bits)
+    frequencies = 5e5 ** -(torch.arange(shape.head_dim // 2, dtype=torch.float64, device=device) / (shape.head_dim // 2))
+    positions = torch.arange(context, device=device)
+    angles = positions[:, None].double() * frequencies
+    norm = torch.rand(shape.head_dim, generator=generator, device=device) + 0.5 if shape.norm else None
     key = torch.empty_like(shared)
     for row in range(batch):  # a row at a time: this is float64
         normed = shared[row].double()
         if norm is not None:
             normed = normed * (normed.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
         key[row] = rotated(normed, angles, False)
-    query = torch.randn(batch, shape.queries, 1, shape.head_dim, generator=generator).to(dtype)
-    module, scaling, value = Native(shape.queries // shape.heads), shape.head_dim**-0.5, shared.clone()
-    begins = tables(torch.arange(0, context, kvshare_cpu.TILE)[None], frequencies)
-    within = tables(torch.arange(kvshare_cpu.TILE), frequencies)
+    query = torch.randn(batch, shape.queries, 1, shape.head_dim, generator=generator, device=device).to(dtype)
+    module, scaling = Native(shape.queries // shape.heads), shape.head_dim**-0.5
+    if device.type == "cpu":
+        attend, tile = kvshare_cpu.decode_on_cpu, kvshare_cpu.TILE
+    else:
+        from kvshare.runtime import kvshare_triton
 
-    def native() -> Tensor:
+        attend, tile = kvshare_triton.attend_on_gpu, kvshare_triton.TILE
+    known = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
+    given: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "softcap", "sinks"))
+    given |= {"scaling": scaling, "adjacent": False, "norm": norm, "eps": 1e-6}
+
+    def native(key: Tensor, value: Tensor) -> Tensor:
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
 
-    def packed() -> Tensor:
+    def packed(key: Tensor, value: Tensor) -> Tensor:
         rows = query.view(batch, shape.heads, -1, shape.head_dim)
         return torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
 
-    def step() -> Tensor:
-        out = kvshare_cpu.decode_on_cpu(
-            query,
-            shared,
-            (begins, within),
-            scaling=scaling,
-            adjacent=False,
-            mask=None,
-            key_bias=None,
-            value_bias=None,
-            norm=norm,
-            eps=1e-6,
-            softcap=None,
-            sinks=None,
-        )
-        return out.to(dtype)
+    def step(numbers: Tensor, scales: Tensor | None) -> Tensor:
+        return attend(query, numbers, known, scales=None if scales is None else scales[..., 0], **given).to(dtype)
 
-    expected = shared_attention(query[:1], shared[:1], angles[None], scaling=scaling, norm=norm, eps=1e-6)
-    error = float((step()[:1].double() - expected).norm() / expected.norm())
-    return {"native": native, "packed": packed, "shared": step}, error
+    cached = numbers[:1] if scales is None else dequantise(numbers[:1], scales[:1], torch.float64)
+    expected = shared_attention(query[:1], cached, angles[None], scaling=scaling, norm=norm, eps=1e-6)
+    with poisoned():
+        error = float((step(numbers, scales)[:1].double() - expected).norm() / expected.norm())
+    steps: dict[str, list[Step]] = {name: [] for name in NAMES}
+    copies = 1 if device.type == "cpu" else -(-AWAY // (numbers.numel() * numbers.element_size()))
+    for copy in range(copies):
+        k, v = (key, shared) if device.type == "cpu" else (key.clone(), shared.clone())
+        n, s = (numbers, scales) if not copy else (numbers.clone(), None if scales is None else scales.clone())
+        steps["native"].append(lambda k=k, v=v: native(k, v))
+        steps["packed"].append(lambda k=k, v=v: packed(k, v))
+        steps["shared"].append(lambda n=n, s=s: step(n, s))
+    return steps, error
 
 
-def measure(shape: Shape, batch: int, context: int, dtype: torch.dtype, pairs: int, seconds: float) -> Row:
-    """Run all steps in turns, each one first in turn, at least 5 times, until there are enough or the time is over."""
-    steps, error = prepare(shape, batch, context, dtype)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for work in steps.values():
-        work()
-    end, names = time.perf_counter() + seconds, list(steps)
-    for pair in range(pairs):
-        for name in names[pair % 3 :] + names[: pair % 3]:
+def timer(work: list[Step], device: torch.device) -> Callable[[], float]:
+    """Runs all steps and returns the seconds of one; on a GPU, as a graph."""
+    if device.type == "cpu":
+
+        def clocked() -> float:
             begin = time.perf_counter()
-            steps[name]()
-            times[name].append(time.perf_counter() - begin)
+            for step in work:
+                step()
+            return (time.perf_counter() - begin) / len(work)
+
+        clocked()
+        return clocked
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for step in work:
+                step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in work:
+            step()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replayed() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3 / len(work)
+
+    replayed()
+    return replayed
+
+
+def in_turns(timers: dict[str, Callable[[], float]], pairs: int, seconds: float) -> dict[str, list[float]]:
+    """Run all in turns, each one first in turn, at least 5 times, until there are enough or the time is over."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    end, names = time.perf_counter() + seconds, list(timers)
+    for pair in range(pairs):
+        for name in names[pair % len(names) :] + names[: pair % len(names)]:
+            times[name].append(timers[name]())
         if pair > 4 and time.perf_counter() > end:
             break
+    return times
 
-    def ratio(name: str) -> tuple[float, float, float]:
-        every = [a / b for a, b in zip(times[name], times["shared"], strict=True)]
-        lower, middle, upper = statistics.quantiles(every, n=4, method="inclusive")
-        return middle, lower, upper
 
-    held = batch * shape.heads * context * shape.head_dim * dtype.itemsize
-    native, packed, shared = (statistics.median(times[name]) for name in names)
-    speed = held / shared / 1e9
-    named = str(dtype).removeprefix("torch.")
-    milliseconds = (1e3 * native, 1e3 * packed, 1e3 * shared)
-    ratios = (ratio("native"), ratio("packed"))
-    return Row(shape.name, named, batch, context, len(times["shared"]), *milliseconds, *ratios, 2 * held, held, speed, error)
+def ratio(times: dict[str, list[float]], name: str) -> tuple[float, float, float]:
+    """Of a way's times to those of the shared one: the median, and the quartiles."""
+    every = [a / b for a, b in zip(times[name], times["shared"], strict=True)]
+    lower, middle, upper = statistics.quantiles(every, n=4, method="inclusive")
+    return middle, lower, upper
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes that a plain copy of a GPU reads and writes per second."""
+    source = torch.empty(1 << 31, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    once = timer([lambda: target.copy_(source)], device)
+    return 2 * source.numel() / statistics.median(once() for _ in range(30))
+
+
+def measure(
+    shape: Shape, batch: int, context: int, dtype: torch.dtype, bits: int, device: torch.device, rate: float, options: Any
+) -> Row:
+    """All steps in turns."""
+    steps, error = prepare(shape, batch, context, dtype, bits, device)
+    times = in_turns({name: timer(work, device) for name, work in steps.items()}, options.pairs, options.seconds)
+    numbers = batch * shape.heads * context * shape.head_dim
+    native = 2 * numbers * dtype.itemsize
+    held = native // 2 if bits == 16 else numbers * bits // 8 + 2 * batch * shape.heads * context
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return Row(
+        shape=shape.name,
+        dtype=str(dtype).removeprefix("torch."),
+        bits=bits if bits < 16 else 8 * dtype.itemsize,
+        batch_size=batch,
+        context=context,
+        pairs=len(times["shared"]),
+        native_ms=1e3 * medians["native"],
+        packed_ms=1e3 * medians["packed"],
+        shared_ms=1e3 * medians["shared"],
+        native_ratio=ratio(times, "native"),
+        packed_ratio=ratio(times, "packed"),
+        native_bytes=native,
+        shared_bytes=held,
+        gigabytes_per_second=held / medians["shared"] / 1e9,
+        copied=held / medians["shared"] / rate if rate else 0.0,
+        error=error,
+    )
+
+
+def models() -> dict[str, tuple[Any, Any]]:
+    """Configs and classes of whole models by name; K and V are not tied in the native one, which costs it nothing."""
+    llama = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    )
+    qwen = Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+    )
+    return {"Llama-3.2-1B": (llama, LlamaForCausalLM), "Qwen3-4B": (qwen, Qwen3ForCausalLM)}
+
+
+@torch.no_grad()
+def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device: torch.device, options: Any) -> dict[str, Any]:
+    """Tokens per second of one more token over a filled cache, by plain calls and, on a GPU, as a graph."""
+    config, native_class = models()[name]
+    layers, width = config.num_hidden_layers, config.head_dim
+    config.kvshare = {"form": "shared", "layers": list(range(layers))}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            native = native_class(config).eval()
+            shared = shared_class(native_class)(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def filled(values: int) -> DynamicCache:
+        cache = DynamicCache(config=config)
+        for layer in range(layers):
+            shape = (batch, config.num_key_value_heads, context)
+            cache.update(
+                torch.randn(*shape, width, dtype=dtype, device=device),
+                torch.randn(*shape, values, dtype=dtype, device=device),
+                layer,
+            )
+        return cache
+
+    found: dict[str, Any] = {"model": name, "batch_size": batch, "context": context, "dtype": str(dtype).removeprefix("torch.")}
+    clock = clock_of(device)
+    for way in ("plain calls", "graph") if device.type == "cuda" else ("plain calls",):
+        timers = {}
+        for which, model, values in (("native", native, width), ("shared", shared, 0)):
+            cache = filled(values)
+            kept = [(layer.keys, layer.values) for layer in cache.layers]
+
+            def step(model: Any = model, cache: Any = cache, kept: Any = kept) -> Tensor:
+                for layer, (keys, other) in zip(cache.layers, kept, strict=True):
+                    layer.keys, layer.values = keys, other  # every step is the same one
+                return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+            if way == "graph":
+                timers[which] = timer([step], device)
+                continue
+
+            def clocked(step: Step = step) -> float:
+                begin = clock()
+                step()
+                return clock() - begin
+
+            clocked()
+            timers[which] = clocked
+        times = in_turns(timers, options.pairs, options.seconds)
+        found[way] = {
+            "native_tokens_per_second": batch / statistics.median(times["native"]),
+            "shared_tokens_per_second": batch / statistics.median(times["shared"]),
+            "ratio": ratio(times, "native"),
+            "attention": ": ".join(shared.get_decoder().kvshare_choice),
+        }
+        del timers, cache, kept, step
+        gc.collect()
+    return found
+
+
+def show(*cells: Any) -> None:
+    """A row of a Markdown table; of three numbers, the median and its quartiles."""
+    texts = ["{:.2f} ({:.2f} to {:.2f})".format(*cell) if isinstance(cell, tuple) else str(cell) for cell in cells]
+    print(f"| {' | '.join(texts)} |", flush=True)
+
+
+def header(*cells: str) -> None:
+    """The first two rows of a table."""
+    show(*cells)
+    print("|---" * len(cells) + "|")
+
+
+def fits(label: tuple[Any, ...], held: float, given: argparse.Namespace) -> bool:
+    """Whether a row is to be measured; says so if not."""
+    if held > given.memory * 2**30:
+        show(*label, f"not run: {held / 2**30:.0f} GiB")
+    return held <= given.memory * 2**30
+
+
+def all_models(given: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of whole models, printed as they come."""
+    header("model", "dtype", "batch", "cached", "way", "native, shared, tokens per second", "shared / native", "attention")
+    rows = []
+    for name, (config, _) in models().items():
+        for dtype, batch, context in product(given.dtypes, given.batch_sizes, given.contexts):
+            label = (name, dtype, batch, context)
+            numbers = config.num_hidden_layers * batch * config.num_key_value_heads * context * config.head_dim
+            kind = getattr(torch, dtype)
+            if name not in given.shapes or not fits(label, 6 * numbers * kind.itemsize, given):
+                continue
+            row = whole_model(name, batch, context, kind, device, given)
+            rows.append(row)
+            for way in ("plain calls", "graph"):
+                if of := row.get(way):
+                    speeds = f"{of['native_tokens_per_second']:.1f}, {of['shared_tokens_per_second']:.1f}"
+                    show(*label, way, speeds, of["ratio"], of["attention"])
+    return rows
+
+
+def all_steps(given: argparse.Namespace, device: torch.device, rate: float) -> list[dict[str, Any]]:
+    """Rows of single steps, printed as they come."""
+    times, ratios = "native, packed, shared, ms", ("native / shared", "packed / shared")
+    header("shape", "dtype", "bits", "batch", "cached", times, *ratios, "GB/s" + " (of a copy)" * bool(rate), "error", "runs")
+    rows = []
+    for shape in (shape for shape in SHAPES if shape.name in given.shapes):
+        for dtype, bits, batch, context in product(given.dtypes, given.bits, given.batch_sizes, given.contexts):
+            kind = getattr(torch, dtype)
+            label = (shape.name, dtype, bits if bits < 16 else 8 * kind.itemsize, batch, context)
+            if not fits(label, 3 * batch * shape.heads * context * shape.head_dim * kind.itemsize, given):
+                continue
+            row = measure(shape, batch, context, kind, bits, device, rate, given)
+            rows.append(asdict(row))
+            milliseconds = f"{row.native_ms:.3g}, {row.packed_ms:.3g}, {row.shared_ms:.3g}"
+            speed = f"{row.gigabytes_per_second:.4g}" + (f" ({row.copied:.0%})" if rate else "")
+            show(*label, milliseconds, row.native_ratio, row.packed_ratio, speed, f"{row.error:.1e}", row.pairs)
+    return rows
 
 
 def main() -> None:
@@ -164,7 +415,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--bits", type=int, nargs="+", choices=(16, 8, 4), default=[16], help="of the shared cache; 16: the dtype's"
+    )
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--models", action="store_true", help="measure whole models, and no single steps")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a row that takes longer, with fewer pairs")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB that what a row holds may take; longer rows are left out")
@@ -172,27 +427,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    print(f"{given.threads} threads, torch {torch.__version__}, {kvshare_cpu.compiler()}")
-    print(
-        "| shape | dtype | batch | cached | native, packed, shared, ms | native / shared | packed / shared | GB/s | error | runs |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
-    for shape in (shape for shape in SHAPES if shape.name in given.shapes):
-        for dtype in given.dtypes:
-            for batch in given.batch_sizes:
-                for context in given.contexts:
-                    kind = getattr(torch, dtype)
-                    held = 3 * batch * shape.heads * context * shape.head_dim * kind.itemsize
-                    if held > given.memory * 2**30:
-                        print(f"| {shape.name} | {dtype} | {batch} | {context} | not run: {held / 2**30:.0f} GiB | | | | | |")
-                        continue
-                    row = measure(shape, batch, context, kind, given.pairs, given.seconds)
-                    rows.append(asdict(row))
-                    times = f"{row.native_ms:.2f}, {row.packed_ms:.2f}, {row.shared_ms:.2f}"
-                    ratios = " | ".join(f"{a:.2f} ({b:.2f} to {c:.2f})" for a, b, c in (row.native_ratio, row.packed_ratio))
-                    last = f"{row.gigabytes_per_second:.1f} | {row.error:.1e} | {row.pairs}"
-                    print(f"| {row.shape} | {row.dtype} | {batch} | {context} | {times} | {ratios} | {last} |", flush=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    device = best_device()
+    rate = copy_rate(device) if device.type == "cuda" else 0.0
+    named = torch.cuda.get_device_name(device) if rate else f"{given.threads} threads, {kvshare_cpu.compiler()}"
+    print(f"{named}, torch {torch.__version__}" + (f", a copy moves {rate / 1e9:.0f} GB/s" if rate else ""))
+    rows = all_models(given, device) if given.models else all_steps(given, device, rate)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
