@@ -50,6 +50,7 @@ from kvshare.progress import silent
 from kvshare.recipe import Recipe, load_recipe
 from kvshare.retrieval import read_questions, recall
 from kvshare.source import open_source
+from kvshare.tensors import best_device
 from kvshare.training import train
 
 TEXT_ALONE = {"kl": 0.0, "cross_entropy": 1.0}
@@ -60,7 +61,7 @@ class Bench:
     """What all measurements of a model share; the models are loaded anew for each."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.device = options, best_device()
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)
         self.bytes = stored_bytes(self.source.path)
@@ -74,12 +75,12 @@ class Bench:
 
     def teacher(self) -> Any:
         """The source in float32."""
-        return load_native(self.source.path, dtype=torch.float32)
+        return load_native(self.source.path, dtype=torch.float32).to(self.device)
 
     def shared(self, init: str, heads: int, seed: int) -> Any:
         """A converted model that is not healed."""
         folder = converted(self.options.model, init, heads, seed, self.options, self.options.train_data)
-        return kvshare.load(folder, dtype=torch.float32)
+        return kvshare.load(folder, dtype=torch.float32).to(self.device)
 
     def grouped(self, heads: int) -> Any:
         """The source with neighbouring KV heads averaged, K and V apart."""
@@ -88,7 +89,7 @@ class Bench:
         config = copy.deepcopy(source.config)
         assert family.kv_heads is not None
         setattr(config, family.kv_heads, heads)
-        model = type(source)(config).float().eval()
+        model = type(source)(config).float().eval().to(self.device)
         values = source.state_dict()
         for name, old in values.items():
             if old.shape != model.state_dict()[name].shape:
@@ -103,7 +104,7 @@ class Bench:
 
     def recipe(self, tokens: int, seed: int, data: str, **heal: Any) -> Recipe:
         """The default recipe with these settings of healing."""
-        given = {"tokens": tokens, "data": data, **heal}
+        given = {"tokens": tokens, "data": data, "dtype": "float32", **heal}
         return load_recipe(None, seed=seed, **{f"heal__{name}": value for name, value in given.items()})
 
     def train(
@@ -140,7 +141,7 @@ class Bench:
         training = model.training
         model.eval()
         with torch.no_grad():
-            rows = self.held_out[: self.options.curve_rows]
+            rows = self.held_out[: self.options.curve_rows].to(self.device)
             losses = [next_token_loss(model(input_ids=row, use_cache=False).logits, row) for row in rows.split(1)]
         model.train(training)
         return math.exp(statistics.fmean(map(float, losses)))

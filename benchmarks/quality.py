@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 
 import kvshare
 from kvshare.checkpoint import write_json
@@ -32,6 +33,7 @@ from kvshare.progress import silent
 from kvshare.recipe import load_recipe
 from kvshare.retrieval import read_questions, recall
 from kvshare.source import open_source
+from kvshare.tensors import best_device
 
 INITS = ("mean", "svd", "learned")
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,8 @@ class Book:
         """Run a measurement unless its figures are there or it is not wanted."""
         if self.only.search(name) and name not in self.entries:
             values = run()
-            write_json(self.file, {**self.entries, name: values})
+            with FileLock(self.file.with_suffix(".lock")):
+                write_json(self.file, {**self.entries, name: values})
             shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in values.items()}
             print(name, {key: value for key, value in shown.items() if not isinstance(value, list)}, flush=True)
 
@@ -135,8 +138,8 @@ def within_budget(model: str, budget: float, options: argparse.Namespace) -> dic
 
 def quantised(model: str, folder: Path | None, bits: int, options: argparse.Namespace) -> dict[str, Any]:
     """The source, or a converted checkpoint, with its cache held in so many bits."""
-    source = load_native(open_source(model).path, dtype=torch.float32)
-    student = source if folder is None else kvshare.load(folder, dtype=torch.float32)
+    source = load_native(open_source(model).path, dtype=torch.float32).to(best_device())
+    student = source if folder is None else kvshare.load(folder, dtype=torch.float32).to(best_device())
     settings = load_recipe(None, evaluation__data=options.eval_data, evaluation__tokens=options.eval_tokens).evaluation
     rows = evaluation_rows(settings, load_tokenizer(open_source(model).path), source, 0, silent)
     report = compare_quantised(student, source, rows, bits, stored_bytes(open_source(model).path))
@@ -147,7 +150,7 @@ def quantised(model: str, folder: Path | None, bits: int, options: argparse.Name
 def recalled(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     path = open_source(model).path
     net = load_native(path, dtype=torch.float32) if folder is None else kvshare.load(folder, dtype=torch.float32)
-    return {"recall": recall(net, load_tokenizer(path), read_questions(options.recall))}
+    return {"recall": recall(net.to(best_device()), load_tokenizer(path), read_questions(options.recall))}
 
 
 def healed_recall(model: str, init: str, heads: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What the tests share: small models of every family, converted once per session. Offline, on the CPU."""
+"""What the tests share: small models of every family, converted once per session. Offline, on the CPU.
+
+With KVSHARE_TEST_DEVICE=cuda, tests/test_triton.py and `tests/test_attention.py -k triton` run the kernels on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import os
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # one for the process: Python finds the package in it once
-os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs run on the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = "0" if os.environ.get("KVSHARE_TEST_DEVICE") == "cuda" else ""
+os.environ["TRITON_INTERPRET"] = "0" if os.environ["CUDA_VISIBLE_DEVICES"] else "1"
 
 import gc
 import json
@@ -35,6 +38,8 @@ from kvshare.planning import Plan
 from kvshare.recipe import Recipe
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
+
+DEVICE = "cuda" if os.environ["CUDA_VISIBLE_DEVICES"] else "cpu"  # of the kernels for GPUs
 
 # `pytest --hypothesis-profile=thorough` tries many more inputs, other ones every time.
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import FAMILY_SOURCES, SMALL, SOURCES, random_model
+from conftest import DEVICE, FAMILY_SOURCES, SMALL, SOURCES, random_model
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu
@@ -225,8 +225,8 @@ TRITON = ("llama-gqa", "qwen3", "qwen2", "smollm3", "phi", "mistral-window", "ge
 def test_families_prefill_and_decode_through_the_triton_kernel(
     model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    model = model_of(key)
-    ids = torch.arange(100, 148).view(2, 24)
+    model = model_of(key).to(DEVICE)
+    ids = torch.arange(100, 148, device=DEVICE).view(2, 24)
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     monkeypatch.setenv(kvshare_attention.VARIABLE, "eager")
@@ -256,8 +256,9 @@ ROPES: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def test_scaled_ropes(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, rope: str, backend: str) -> None:
     fields = {"rope_parameters": {"rope_theta": 1e4, "rope_type": rope, **ROPES[rope]}}
-    model = model_of("llama-gqa", max_position_embeddings=16 if rope == "dynamic" else 512, **fields)
-    ids, logits = torch.arange(100, 136).view(2, 18), []
+    device = DEVICE if backend == "triton" else "cpu"
+    model = model_of("llama-gqa", max_position_embeddings=16 if rope == "dynamic" else 512, **fields).to(device)
+    ids, logits = torch.arange(100, 136, device=device).view(2, 18), []
     for chosen in ("eager", backend):
         monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.DynamicCache(config=model.config)
@@ -273,8 +274,9 @@ def test_scaled_ropes(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPa
 def test_static_caches_decode_through_the_kernel(
     model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    model = model_of("mistral-window")
-    ids, logits = torch.arange(100, 180).view(2, 40), []
+    device = DEVICE if backend == "triton" else "cpu"
+    model = model_of("mistral-window").to(device)
+    ids, logits = torch.arange(100, 180, device=device).view(2, 40), []
     for chosen in ("eager", backend):
         monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.StaticCache(config=model.config, max_cache_len=90)
