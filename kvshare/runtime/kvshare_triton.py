@@ -61,6 +61,13 @@ def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None) -> bool:
+    """Whether keys are turned two at a time, in 16 bits: where nothing large is added to them, and squares stay in range."""
+    if interpreted() or query.dtype == torch.float32 or tabled or not pairs or key_bias is not None:
+        return False
+    return norm is None or (query.dtype == torch.bfloat16 and 2 * pairs == head_dim)
+
+
 def _launch(head_dim: int, block: int) -> tuple[int, int, int]:
     """Warps of a program, stages of its loads, and programs for each processor of the device."""
     if block > 16:
@@ -167,6 +174,7 @@ def attend_on_gpu(
         CAP=softcap is not None,
         SPLIT=splits > 1,
         WIDE=wide,
+        PACKED=_packs(query, tabled, pairs, head_dim, key_bias, norm),
         M=block,
         N=tile,
         P=max(16, _power(pairs)),
