@@ -131,11 +131,13 @@ def compiled(kernel, capability, constants, pointers):
 
 floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sinks", "partial"), "*fp32")
 floats |= dict.fromkeys(("scaling", "eps", "softcap"), "fp32") | {"scales": "*fp16"}
-flags = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS", "WIDE"), False)
+flags = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS", "WIDE", "PACKED"), False)
 every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
-decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 16, "N": 32, "P": 32, "R": 16}
+decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "N": 64, "P": 32, "R": 16}
 for capability, dtype, more in (
-    (80, "*bf16", {}),
+    (80, "*bf16", {"PACKED": True}),
+    (90, "*bf16", {"PACKED": True, "NORM": True, "D": 128, "PAIRS": 64, "P": 64}),
+    (90, "*fp16", {"PACKED": True, "KIND": 2}),
     (90, "*fp16", every | {"SPLIT": False, "M": 64, "PAIRS": 16, "R": 32, "MASK": 1}),
     (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
 ):

@@ -123,9 +123,17 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
     return None
 
 
+def _columns(table: Tensor, columns: tuple[int, ...]) -> Tensor:
+    """These columns of a table; without a copy of the numbers to the device where they lie evenly."""
+    step = columns[1] - columns[0] if len(columns) > 1 else 1
+    if step > 0 and columns == tuple(range(columns[0], columns[0] + step * len(columns), step)):
+        return table[..., columns[0] : columns[-1] + 1 : step]
+    return table[..., list(columns)]
+
+
 def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str]) -> Tensor:
     """Rope of every slot, (batch or 1, slots, 2, pairs): cosines and sines, float32; arguments as for `tile_tables`."""
-    return torch.stack([table[..., list(pairs.columns)] for table in rotary(inputs[..., :1].float(), slots, *kind)], 2)
+    return torch.stack([_columns(table, pairs.columns) for table in rotary(inputs[..., :1].float(), slots, *kind)], 2)
 
 
 def tile_tables(
@@ -156,10 +164,12 @@ def tile_tables(
     every = torch.cat([begins, within, last.expand(len(slots), 1)], 1)
     tables, count = slot_tables(rotary, inputs, every, pairs, kind), begins.shape[1]
     first, second = tables[:, :count], tables[0, count:-1]
-    second = second / second[:1, :1] * torch.tensor([[1.0], [-1.0]], device=slots.device)  # by the cosine of position 0
+    second = second / second[:1, :1]  # by the cosine of position 0
+    second = torch.stack([second[:, 0], -second[:, 1]], 1)
     if by_number:
-        sign = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], device=slots.device)
-        first, second = ((table[..., None] * sign[:, None]).flatten(-2) for table in (first, second))
+        first, second = (
+            torch.stack([torch.stack([x[..., 0, :], -x[..., 1, :]], -2), x], -1).flatten(-2) for x in (first, second)
+        )
     return first.contiguous(), second.contiguous()
 
 

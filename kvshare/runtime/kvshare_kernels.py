@@ -20,6 +20,7 @@ except ImportError as error:  # whoever chooses this file asks first
 
 NONE = tl.constexpr(-1e30)  # a score that gives no weight
 LOG2E = tl.constexpr(1.4426950408889634)
+WIDE_TILE = tl.constexpr(64)  # rows from which on a GPU's unit for products takes whole tiles
 
 
 @triton.jit
@@ -51,14 +52,34 @@ def _turned(first, second, cosine, sine):
 
 
 @triton.jit
+def _nothing(COLUMNS: tl.constexpr, M: tl.constexpr):
+    """No sums yet, as `_added` wants them."""
+    if COLUMNS < WIDE_TILE:
+        return tl.zeros((M, COLUMNS), tl.float32)
+    else:
+        return tl.zeros((COLUMNS, M), tl.float32)
+
+
+@triton.jit
+def _added(sums, numbers, weight, shrink, kind, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
+    """What a tile adds to weighted sums, (columns, rows), or (rows, columns) where few columns would leave the unit idle."""
+    numbers = _factor(numbers, kind, WIDE)
+    if COLUMNS < WIDE_TILE:
+        return tl.dot(tl.trans(weight), numbers, sums * shrink[:, None], input_precision="ieee")
+    else:
+        return tl.dot(tl.trans(numbers), weight, sums * shrink[None, :], input_precision="ieee")
+
+
+@triton.jit
 def _turned_in_pairs(first, second, cosine, sine):
     """As `_turned`, on bfloat16 or float16 two at a time: half the instructions, each result rounded once more."""
     if first.dtype == tl.bfloat16:
         turn: tl.constexpr = """{
-            .reg .b32 a, b;
-            mul.rn.bf16x2 a, $3, $5;
+            .reg .b32 a, b, zero;
+            mov.b32 zero, 0x80008000;
+            fma.rn.bf16x2 a, $3, $5, zero;
             neg.bf16x2 a, a;
-            mul.rn.bf16x2 b, $3, $4;
+            fma.rn.bf16x2 b, $3, $4, zero;
             fma.rn.bf16x2 $0, $2, $4, a;
             fma.rn.bf16x2 $1, $2, $5, b;
         }"""
@@ -150,9 +171,9 @@ def attend_kernel(
         first, second = pair, pair  # nothing is read of them
 
     begin_q = query + b * query_b + head * query_h + token * query_t
-    q1 = tl.load(begin_q[:, None] + first[None, :], mask=real[:, None] & pairs[None, :], other=0.0)
-    q2 = tl.load(begin_q[:, None] + second[None, :], mask=real[:, None] & pairs[None, :], other=0.0)
-    q3 = tl.load(begin_q[:, None] + rest[None, :], mask=real[:, None] & rests[None, :], other=0.0)
+    q1 = tl.load(begin_q[None, :] + first[:, None], mask=real[None, :] & pairs[:, None], other=0.0)
+    q2 = tl.load(begin_q[None, :] + second[:, None], mask=real[None, :] & pairs[:, None], other=0.0)
+    q3 = tl.load(begin_q[None, :] + rest[:, None], mask=real[None, :] & rests[:, None], other=0.0)
     if not TABLED and PAIRS > 0:
         offset = tl.arange(0, N)[:, None] * 2 * PAIRS + pair[None, :]
         cosine = tl.load(within + offset, mask=pairs[None, :], other=0.0)
@@ -166,11 +187,11 @@ def attend_kernel(
         norm3 = tl.load(norm + rest, mask=rests, other=0.0)[None, :]
         if PACKED:
             norm1, norm2, norm3 = norm1.to(kind), norm2.to(kind), norm3.to(kind)
-            ones = tl.full((M, P), 1.0, kind)
+            ones = tl.full((P, M), 1.0, kind)
 
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
-    sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
+    sum1, sum2, sum3 = _nothing(P, M), _nothing(P, M), _nothing(R, M)
 
     tiles = tl.cdiv(slots, N)
     lowest, highest = tiles * split // splits, tiles * (split + 1) // splits
@@ -182,7 +203,7 @@ def attend_kernel(
         low, high = highest, lowest
         for tile in range(lowest, highest):
             slot = tile * N + tl.arange(0, N)
-            seen = tl.load(begin_m[:, None] + slot[None, :], mask=real[:, None] & (slot < slots)[None, :], other=0)
+            seen = tl.load(begin_m[None, :] + slot[:, None], mask=real[None, :] & (slot < slots)[:, None], other=0)
             any_seen = tl.max(seen.to(tl.int32)) > 0
             low = tl.where(any_seen, tl.minimum(low, tile), low)
             high = tl.where(any_seen, tile + 1, high)
@@ -200,27 +221,27 @@ def attend_kernel(
         else:
             k1, k2, k3 = s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
         # what a whole key is multiplied by multiplies scores: there are fewer of them
-        times = tl.full((1, N), 1.0, tl.float32)
+        times = tl.full((N, 1), 1.0, tl.float32)
         if KIND >= 2:
             scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0).to(tl.float32)
             if KEY_BIAS:
                 k1, k2, k3 = k1 * scale[:, None], k2 * scale[:, None], k3 * scale[:, None]
             else:
-                times = scale[None, :]
+                times = scale[:, None]
         if KEY_BIAS:
             k1 += tl.load(key_bias + h * D + first, mask=pairs, other=0.0)[None, :]
             k2 += tl.load(key_bias + h * D + second, mask=pairs, other=0.0)[None, :]
             k3 += tl.load(key_bias + h * D + rest, mask=rests, other=0.0)[None, :]
         if NORM:
             if PACKED:  # summed by the unit for products: the sums lie as scores do
-                size = tl.dot(ones, tl.trans(k1 * k1 + k2 * k2))
+                size = tl.dot(k1 * k1 + k2 * k2, ones)
             else:
-                size = tl.sum(k1 * k1 + k2 * k2, 1)[None, :] if PAIRS > 0 else tl.zeros((1, N), tl.float32)
+                size = tl.sum(k1 * k1 + k2 * k2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
                 if 2 * PAIRS < D:
-                    size += tl.sum(k3 * k3, 1)[None, :]
+                    size += tl.sum(k3 * k3, 1)[:, None]
             times = times * tl.rsqrt(size * times * times / D + eps)
             k1, k2, k3 = k1 * norm1, k2 * norm2, k3 * norm3
-        score = tl.zeros((M, N), tl.float32)
+        score = tl.zeros((N, M), tl.float32)
         if PAIRS > 0:
             if TABLED:
                 inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
@@ -229,18 +250,18 @@ def attend_kernel(
                 r1, r2 = _factor(q1, kind, WIDE), _factor(q2, kind, WIDE)
             else:
                 start = cosines + b * table_b + tile * 2 * PAIRS + pair
-                back = tl.load(start, mask=pairs, other=0.0)[None, :]
-                aside = -tl.load(start + PAIRS, mask=pairs, other=0.0)[None, :]
+                back = tl.load(start, mask=pairs, other=0.0)[:, None]
+                aside = -tl.load(start + PAIRS, mask=pairs, other=0.0)[:, None]
                 r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), back, aside)
                 r1, r2 = _factor(r1, kind, WIDE), _factor(r2, kind, WIDE)
                 if PACKED:
                     k1, k2 = _turned_in_pairs(k1, k2, cosine, sine)
                 else:
                     k1, k2 = _turned(k1, k2, cosine, sine)
-            score = tl.dot(r1, tl.trans(_factor(k1, kind, WIDE)), score, input_precision="ieee")
-            score = tl.dot(r2, tl.trans(_factor(k2, kind, WIDE)), score, input_precision="ieee")
+            score = tl.dot(_factor(k1, kind, WIDE), r1, score, input_precision="ieee")
+            score = tl.dot(_factor(k2, kind, WIDE), r2, score, input_precision="ieee")
         if 2 * PAIRS < D:
-            score = tl.dot(_factor(q3, kind, WIDE), tl.trans(_factor(k3, kind, WIDE)), score, input_precision="ieee")
+            score = tl.dot(_factor(k3, kind, WIDE), _factor(q3, kind, WIDE), score, input_precision="ieee")
         if KIND >= 2 or NORM:
             score *= times
         if CAP:
@@ -249,29 +270,33 @@ def attend_kernel(
             score = tl.where(score < 0, -softcap, softcap) * (1 - small) / (1 + small) * LOG2E
         else:
             score *= scaling * LOG2E
-        attends = there[None, :]
+        attends = there[:, None]
         if CAUSAL:
-            attends = attends & (slot[None, :] <= (slots - 1 - (rows - 1) // GROUP + token)[:, None])
+            attends = attends & (slot[:, None] <= (slots - 1 - (rows - 1) // GROUP + token)[None, :])
         if MASK == 1:
-            attends = attends & (tl.load(begin_m[:, None] + slot[None, :], mask=attends & real[:, None], other=0) != 0)
+            attends = attends & (tl.load(begin_m[None, :] + slot[:, None], mask=attends & real[None, :], other=0) != 0)
         if MASK == 2:
-            added = tl.load(begin_m[:, None] + slot[None, :], mask=attends & real[:, None], other=0.0).to(tl.float32)
+            added = tl.load(begin_m[None, :] + slot[:, None], mask=attends & real[None, :], other=0.0).to(tl.float32)
             score += tl.maximum(added, NONE) * LOG2E
         score = tl.where(attends, score, NONE)
-        above = tl.maximum(most, tl.max(score, 1))
+        above = tl.maximum(most, tl.max(score, 0))
         base = tl.where(above > NONE / 2, above, 0.0)  # a row that has seen nothing yet: all its weights are 0
         shrink = tl.exp2(most - base)
-        weight = tl.exp2(score - base[:, None])
-        mass = mass * shrink + tl.sum(weight, 1)
+        weight = tl.exp2(score - base[None, :])
+        mass = mass * shrink + tl.sum(weight, 0)
         most = above
         if KIND >= 2:
-            weight *= scale[None, :]
+            weight *= scale[:, None]
         weight = _factor(weight, kind, WIDE)
         if PAIRS > 0:
-            sum1 = tl.dot(weight, _factor(s1, kind, WIDE), sum1 * shrink[:, None], input_precision="ieee")
-            sum2 = tl.dot(weight, _factor(s2, kind, WIDE), sum2 * shrink[:, None], input_precision="ieee")
+            sum1 = _added(sum1, s1, weight, shrink, kind, WIDE, P)
+            sum2 = _added(sum2, s2, weight, shrink, kind, WIDE, P)
         if 2 * PAIRS < D:
-            sum3 = tl.dot(weight, _factor(s3, kind, WIDE), sum3 * shrink[:, None], input_precision="ieee")
+            sum3 = _added(sum3, s3, weight, shrink, kind, WIDE, R)
+    if P < WIDE_TILE:
+        sum1, sum2 = tl.trans(sum1), tl.trans(sum2)
+    if R < WIDE_TILE:
+        sum3 = tl.trans(sum3)
 
     if SPLIT:
         place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
@@ -286,16 +311,16 @@ def attend_kernel(
             whole = mass * shrink + tl.exp2(sink - above)
         else:
             shrink, whole = tl.full((M,), 1.0, tl.float32), mass
-        shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
+        shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[None, :]
         sum1, sum2, sum3 = sum1 * shrink, sum2 * shrink, sum3 * shrink
         if VALUE_BIAS:
-            share = mass[:, None] * shrink
-            sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[None, :]
-            sum2 += share * tl.load(value_bias + h * D + second, mask=pairs, other=0.0)[None, :]
-            sum3 += share * tl.load(value_bias + h * D + rest, mask=rests, other=0.0)[None, :]
-    tl.store(place[:, None] + first[None, :], sum1, mask=real[:, None] & pairs[None, :])
-    tl.store(place[:, None] + second[None, :], sum2, mask=real[:, None] & pairs[None, :])
-    tl.store(place[:, None] + rest[None, :], sum3, mask=real[:, None] & rests[None, :])
+            share = mass[None, :] * shrink
+            sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[:, None]
+            sum2 += share * tl.load(value_bias + h * D + second, mask=pairs, other=0.0)[:, None]
+            sum3 += share * tl.load(value_bias + h * D + rest, mask=rests, other=0.0)[:, None]
+    tl.store(place[None, :] + first[:, None], sum1, mask=real[None, :] & pairs[:, None])
+    tl.store(place[None, :] + second[:, None], sum2, mask=real[None, :] & pairs[:, None])
+    tl.store(place[None, :] + rest[:, None], sum3, mask=real[None, :] & rests[:, None])
 
 
 @triton.jit

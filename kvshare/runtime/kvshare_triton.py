@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,11 +68,22 @@ def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Ten
     return norm is None or (query.dtype == torch.bfloat16 and 2 * pairs == head_dim)
 
 
-def _launch(head_dim: int, block: int) -> tuple[int, int, int]:
-    """Warps of a program, stages of its loads, and programs for each processor of the device."""
+class Launch(NamedTuple):
+    """How the kernel is started: warps of a program, stages of its loads, registers of a thread at most (None: as many as it likes),
+    and programs for each processor of the device.
+    """
+
+    warps: int
+    stages: int
+    registers: int | None
+    programs: int
+
+
+def _launch(head_dim: int, block: int) -> Launch:
+    """Of the choices that were timed, see benchmarks/decode.py, the best for blocks of so many rows."""
     if block > 16:
-        return (4 if head_dim <= 64 else 8), 2, 2
-    return (2, 3, 4) if head_dim <= 64 else (4, 3, 2) if head_dim <= 128 else (8, 2, 1)
+        return Launch(4 if head_dim <= 64 else 8, 2, None, 2)
+    return Launch(2, 3, None, 6) if head_dim <= 64 else Launch(4, 3, 128, 4) if head_dim <= 128 else Launch(8, 2, None, 1)
 
 
 def attend_on_gpu(
@@ -121,11 +132,11 @@ def attend_on_gpu(
     tabled = isinstance(tables, Tensor)
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
-    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block = min(64, max(8, _power(rows)))
     tile = TILE if tables is None or isinstance(tables, Tensor) else len(tables[1])
     blocks, tiles = _parts(rows, block), _parts(slots, tile)
-    warps, stages, programs = _launch(head_dim, block)
-    splits = max(1, min(_parts(programs * _processors(query.device), blocks * batch * heads), _parts(tiles, 4)))
+    launch = _launch(head_dim, block)
+    splits = max(1, min(_parts(launch.programs * _processors(query.device), blocks * batch * heads), _parts(tiles, 4)))
     query, shared = in_rows(query), in_rows(shared)
     if mask is not None:
         mask = in_rows(mask.expand(batch, 1, new, slots))
@@ -179,8 +190,9 @@ def attend_on_gpu(
         N=tile,
         P=max(16, _power(pairs)),
         R=max(16, _power(head_dim - 2 * pairs)) if 2 * pairs < head_dim else 16,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        maxnreg=launch.registers,
         **options,
     )
     if splits > 1:
