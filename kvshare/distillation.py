@@ -25,7 +25,7 @@ from kvshare.targets import Targets
 
 COMPLETE = "complete"  # the file that says of a state that all of it was written
 WINDOW = 10  # steps whose mean loss is held against that of the first one
-NOTICEABLE = 0.01  # nats; below it a multiple of next to nothing proves nothing
+NOTICEABLE = 0.1  # nats; below it a multiple of next to nothing proves nothing
 Layers = Sequence[tuple[nn.Module, nn.Module]]
 LOWER = "lower heal.learning_rate in the recipe and start again without --resume"
 

@@ -167,9 +167,7 @@ def tile_tables(
     second = second / second[:1, :1]  # by the cosine of position 0
     second = torch.stack([second[:, 0], -second[:, 1]], 1)
     if by_number:
-        first, second = (
-            torch.stack([torch.stack([x[..., 0, :], -x[..., 1, :]], -2), x], -1).flatten(-2) for x in (first, second)
-        )
+        first, second = (torch.stack([torch.stack([x[..., 0, :], -x[..., 1, :]], -2), x], -1).flatten(-2) for x in (first, second))
     return first.contiguous(), second.contiguous()
 
 
@@ -234,9 +232,9 @@ def _kernel_tables(
         tables = slot_tables(decoder.rotary_emb, inputs, slots, pairs, kind)
         return tables, tables.new_empty(0)
     if choice.backend == "triton":
-        from .kvshare_triton import TILE as tile
+        from . import kvshare_triton
 
-        return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, tile, False)
+        return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, kvshare_triton.TILE, False)
     return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, TILE, pairs.adjacent)
 
 

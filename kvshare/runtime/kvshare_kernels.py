@@ -20,7 +20,6 @@ except ImportError as error:  # whoever chooses this file asks first
 
 NONE = tl.constexpr(-1e30)  # a score that gives no weight
 LOG2E = tl.constexpr(1.4426950408889634)
-WIDE_TILE = tl.constexpr(64)  # rows from which on a GPU's unit for products takes whole tiles
 
 
 @triton.jit
@@ -37,8 +36,6 @@ def _numbers(rows, columns, live, KIND: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _factor(x, kind, WIDE: tl.constexpr):
     """What a product is made of, rounded as queries are. The interpreter can do neither with bfloat16: this can."""
-    if x.dtype.is_int():
-        x = x.to(tl.float32)
     if WIDE:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
@@ -52,22 +49,9 @@ def _turned(first, second, cosine, sine):
 
 
 @triton.jit
-def _nothing(COLUMNS: tl.constexpr, M: tl.constexpr):
-    """No sums yet, as `_added` wants them."""
-    if COLUMNS < WIDE_TILE:
-        return tl.zeros((M, COLUMNS), tl.float32)
-    else:
-        return tl.zeros((COLUMNS, M), tl.float32)
-
-
-@triton.jit
-def _added(sums, numbers, weight, shrink, kind, WIDE: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a tile adds to weighted sums, (columns, rows), or (rows, columns) where few columns would leave the unit idle."""
-    numbers = _factor(numbers, kind, WIDE)
-    if COLUMNS < WIDE_TILE:
-        return tl.dot(tl.trans(weight), numbers, sums * shrink[:, None], input_precision="ieee")
-    else:
-        return tl.dot(tl.trans(numbers), weight, sums * shrink[None, :], input_precision="ieee")
+def _added(sums, numbers, weight, shrink, kind, WIDE: tl.constexpr):
+    """What a tile adds to weighted sums, (rows, columns)."""
+    return tl.dot(tl.trans(weight), _factor(numbers, kind, WIDE), sums * shrink[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -191,7 +175,7 @@ def attend_kernel(
 
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
-    sum1, sum2, sum3 = _nothing(P, M), _nothing(P, M), _nothing(R, M)
+    sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
 
     tiles = tl.cdiv(slots, N)
     lowest, highest = tiles * split // splits, tiles * (split + 1) // splits
@@ -289,14 +273,10 @@ def attend_kernel(
             weight *= scale[:, None]
         weight = _factor(weight, kind, WIDE)
         if PAIRS > 0:
-            sum1 = _added(sum1, s1, weight, shrink, kind, WIDE, P)
-            sum2 = _added(sum2, s2, weight, shrink, kind, WIDE, P)
+            sum1 = _added(sum1, s1, weight, shrink, kind, WIDE)
+            sum2 = _added(sum2, s2, weight, shrink, kind, WIDE)
         if 2 * PAIRS < D:
-            sum3 = _added(sum3, s3, weight, shrink, kind, WIDE, R)
-    if P < WIDE_TILE:
-        sum1, sum2 = tl.trans(sum1), tl.trans(sum2)
-    if R < WIDE_TILE:
-        sum3 = tl.trans(sum3)
+            sum3 = _added(sum3, s3, weight, shrink, kind, WIDE)
 
     if SPLIT:
         place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
@@ -311,16 +291,16 @@ def attend_kernel(
             whole = mass * shrink + tl.exp2(sink - above)
         else:
             shrink, whole = tl.full((M,), 1.0, tl.float32), mass
-        shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[None, :]
+        shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
         sum1, sum2, sum3 = sum1 * shrink, sum2 * shrink, sum3 * shrink
         if VALUE_BIAS:
-            share = mass[None, :] * shrink
-            sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[:, None]
-            sum2 += share * tl.load(value_bias + h * D + second, mask=pairs, other=0.0)[:, None]
-            sum3 += share * tl.load(value_bias + h * D + rest, mask=rests, other=0.0)[:, None]
-    tl.store(place[None, :] + first[:, None], sum1, mask=real[None, :] & pairs[:, None])
-    tl.store(place[None, :] + second[:, None], sum2, mask=real[None, :] & pairs[:, None])
-    tl.store(place[None, :] + rest[:, None], sum3, mask=real[None, :] & rests[:, None])
+            share = mass[:, None] * shrink
+            sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[None, :]
+            sum2 += share * tl.load(value_bias + h * D + second, mask=pairs, other=0.0)[None, :]
+            sum3 += share * tl.load(value_bias + h * D + rest, mask=rests, other=0.0)[None, :]
+    tl.store(place[:, None] + first[None, :], sum1, mask=real[:, None] & pairs[None, :])
+    tl.store(place[:, None] + second[None, :], sum2, mask=real[:, None] & pairs[None, :])
+    tl.store(place[:, None] + rest[None, :], sum3, mask=real[:, None] & rests[None, :])
 
 
 @triton.jit

@@ -69,8 +69,8 @@ def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Ten
 
 
 class Launch(NamedTuple):
-    """How the kernel is started: warps of a program, stages of its loads, registers of a thread at most (None: as many as it likes),
-    and programs for each processor of the device.
+    """How the kernel is started: warps of a program, stages of its loads, registers of a thread at most (None: any), and programs
+    for each processor of the device at most.
     """
 
     warps: int
