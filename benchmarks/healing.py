@@ -11,7 +11,8 @@ is in the file is not repeated, so the run may be stopped and started again. Not
 
 Everything is trained by the same loop on the same rows with LoRA on queries, outputs and the MLP:
 
-- `kl`: as the recipes do; `cross-entropy`: the text alone; `self`: text that the source wrote; `mean`: from the mean of K and V;
+- `kl`: the learned start and the loss of the recipes; `cross-entropy`: the text alone; `self`: text that the source wrote;
+- `svd`, `mean`: as `kl`, from these starts; `full`: as `svd`, with the attention trained in full, as the recipe `full`;
 - `progressive`, `mean progressive`: attention passes from the source's to the shared one over the first 30 % of the training;
 - `gqa`: K and V kept apart, neighbouring heads averaged to half as many as `kl` shares, so that the cache is the same;
 - `more training`: the source on the text alone; K and V are trained as shared projections are;
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 import kvshare
 from kvshare.checkpoint import fresh_folder
-from kvshare.data import load_tokenizer
+from kvshare.data import SelfCache, load_tokenizer
 from kvshare.evaluation import compare, evaluation_rows, stored_bytes
 from kvshare.families import family_of
 from kvshare.healing import heal_rows
@@ -114,7 +115,7 @@ class Bench:
         options = self.options
         recipe = self.recipe(tokens or options.heal_tokens, seed, data or options.train_data, **heal)
         teacher = self.teacher()
-        rows = heal_rows(recipe, self.tokenizer, teacher, silent)
+        rows = heal_rows(recipe, self.tokenizer, teacher, silent, SelfCache(options.out, str(self.source.path)))
         curve: list[tuple[int, float]] = [(0, self.perplexity(student))]
         spent, began, first = 0.0, 0.0, 0
 
@@ -187,7 +188,7 @@ def plain_trainer(bench: Bench) -> float:
             return {"input_ids": rows[index], "labels": rows[index]}
 
     state = fresh_folder(bench.options.out / "states" / "plain")
-    schedule = Schedule(micro, batch // micro, steps, 2e-3)
+    schedule = Schedule(micro, batch // micro, steps, 1e-3)
     arguments = training_arguments(state, schedule, recipe.heal, 10 * steps, 0)
     arguments.label_names = ["labels"]
     trainer = Trainer(model=adapted, args=arguments, train_dataset=Rows(), callbacks=[Watch()])
@@ -226,13 +227,14 @@ def measure_all(book: Book, bench: Bench) -> None:
     for seed in range(options.seeds):
         measure("more training", lambda: bench.whole(bench.teacher()), seed, **TEXT_ALONE, lora_targets=_with_values(bench))
         for heads in options.heads:
-            init = "svd" if heads == bench.heads else "learned"
-            start = partial(bench.shared, init, heads, seed)
+            start = partial(bench.shared, "learned", heads, seed)
             measure(f"kl {heads}", start, seed)
             measure(f"cross-entropy {heads}", start, seed, **TEXT_ALONE)
             measure(f"mean {heads}", partial(bench.shared, "mean", heads, seed), seed)
             measure(f"self {heads}", start, seed, "self")
             if heads == bench.heads:
+                measure(f"svd {heads}", partial(bench.shared, "svd", heads, seed), seed)
+                measure(f"full {heads}", partial(bench.shared, "svd", heads, seed), seed, attention="full")
                 measure(f"progressive {heads}", start, seed, progressive=0.3)
                 measure(f"mean progressive {heads}", partial(bench.shared, "mean", heads, seed), seed, progressive=0.3)
             if heads % 2 == 0:

@@ -40,7 +40,7 @@ from kvshare.progress import Progress
 from kvshare.sections import Heal
 from kvshare.targets import make_targets
 
-BASE_RATE, BASE_HIDDEN = 2e-3, 128
+BASE_RATE, BASE_HIDDEN = 1e-3, 128
 
 
 @dataclass(frozen=True)

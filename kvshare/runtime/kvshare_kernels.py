@@ -320,28 +320,36 @@ def join_kernel(
     VALUE_BIAS: tl.constexpr,
     SINKS: tl.constexpr,
     S: tl.constexpr,
+    C: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Programs: (batch * kv heads, rows). What the splits found becomes one row; S >= splits and W >= D, powers of 2."""
+    """Programs: (batch * kv heads, rows, blocks of W columns). What the splits found becomes one row; S >= splits, a power of 2, C of
+    them are summed at a time.
+    """
     unit, row = tl.program_id(0), tl.program_id(1)
     b, h, token, head = (unit // heads).to(tl.int64), unit % heads, row // GROUP, (unit % heads) * GROUP + row % GROUP
-    split, column = tl.arange(0, S), tl.arange(0, W)
-    place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
-    real = split < splits
-    most = tl.load(place + D, mask=real, other=NONE)
-    mass = tl.load(place + D + 1, mask=real, other=0.0)
+    split, column = tl.arange(0, S), tl.program_id(2) * W + tl.arange(0, W)
+    begin = partial + (unit.to(tl.int64) * splits * rows + row) * (D + 2)
+    real, inside = split < splits, column < D
+    most = tl.load(begin + split * rows * (D + 2) + D, mask=real, other=NONE)
+    mass = tl.load(begin + split * rows * (D + 2) + D + 1, mask=real, other=0.0)
     above = tl.max(most, 0)
     added = 0.0
     if SINKS:
         sink = tl.load(sinks + head) * LOG2E
         above = tl.maximum(above, sink)
         added = tl.exp2(sink - above)
-    share = tl.where(real, tl.exp2(most - above), 0.0)
-    own = tl.sum(share * mass, 0)
+    own = tl.sum(tl.where(real, tl.exp2(most - above), 0.0) * mass, 0)
     whole = own + added
-    part = tl.load(place[:, None] + column[None, :], mask=real[:, None] & (column < D)[None, :], other=0.0)
+    found = tl.zeros((W,), tl.float32)
+    for start in range(0, splits, C):
+        part = start + tl.arange(0, C)
+        at = begin + part * rows * (D + 2)
+        share = tl.exp2(tl.load(at + D, mask=part < splits, other=NONE) - above)
+        sums = tl.load(at[:, None] + column[None, :], mask=(part < splits)[:, None] & inside[None, :], other=0.0)
+        found += tl.sum(sums * share[:, None], 0)
     factor = tl.where(whole > 0, 1 / tl.where(whole > 0, whole, 1.0), 0.0)
-    found = tl.sum(part * share[:, None], 0) * factor
+    found *= factor
     if VALUE_BIAS:
-        found += own * factor * tl.load(value_bias + h * D + column, mask=column < D, other=0.0)
-    tl.store(out + b * out_b + token * out_t + head * out_h + column, found, mask=column < D)
+        found += own * factor * tl.load(value_bias + h * D + column, mask=inside, other=0.0)
+    tl.store(out + b * out_b + token * out_t + head * out_h + column, found, mask=inside)

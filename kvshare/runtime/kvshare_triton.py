@@ -17,7 +17,9 @@ from torch import Tensor
 from .kvshare_cpu import in_rows
 from .kvshare_kernels import attend_kernel, join_kernel
 
-TILE = 64  # slots that a program reads at a time; tables are made for it
+TILE = 32  # slots that a program reads at a time; tables are made for it
+LEAST, MOST = 8, 128  # tiles of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
+PROGRAMS = 16  # for each processor of the device, at most
 
 
 def interpreted() -> bool:
@@ -69,21 +71,22 @@ def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Ten
 
 
 class Launch(NamedTuple):
-    """How the kernel is started: warps of a program, stages of its loads, registers of a thread at most (None: any), and programs
-    for each processor of the device at most.
-    """
+    """Warps of a program, stages of its loads, and registers of a thread at most (None: any)."""
 
     warps: int
     stages: int
     registers: int | None
-    programs: int
 
 
-def _launch(head_dim: int, block: int) -> Launch:
-    """Of the choices that were timed, see benchmarks/decode.py, the best for blocks of so many rows."""
+def _launch(head_dim: int, block: int, normed: bool) -> Launch:
+    """Of what was tried on an H200 for head_dim 64 and 128, the fastest."""
     if block > 16:
-        return Launch(4 if head_dim <= 64 else 8, 2, None, 2)
-    return Launch(2, 3, None, 6) if head_dim <= 64 else Launch(4, 3, 128, 4) if head_dim <= 128 else Launch(8, 2, None, 1)
+        return Launch(4 if head_dim <= 64 else 8, 2, None)
+    if head_dim <= 64:
+        return Launch(1, 4, None)
+    if head_dim <= 128:
+        return Launch(2, 4, None) if normed else Launch(2, 3, 168)
+    return Launch(4, 3, None)
 
 
 def attend_on_gpu(
@@ -133,10 +136,10 @@ def attend_on_gpu(
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
     block = min(64, max(8, _power(rows)))
-    tile = TILE if tables is None or isinstance(tables, Tensor) else len(tables[1])
+    tile = len(tables[1]) if isinstance(tables, tuple) else TILE if block <= 16 else 2 * TILE
     blocks, tiles = _parts(rows, block), _parts(slots, tile)
-    launch = _launch(head_dim, block)
-    splits = max(1, min(_parts(launch.programs * _processors(query.device), blocks * batch * heads), _parts(tiles, 4)))
+    launch = _launch(head_dim, block, norm is not None)
+    splits = max(1, min(_parts(PROGRAMS * _processors(query.device), blocks * batch * heads), _parts(tiles, LEAST), MOST))
     query, shared = in_rows(query), in_rows(shared)
     if mask is not None:
         mask = in_rows(mask.expand(batch, 1, new, slots))
@@ -196,7 +199,8 @@ def attend_on_gpu(
         **options,
     )
     if splits > 1:
-        join_kernel[(batch * heads, rows)](
+        columns = min(32, _power(head_dim))
+        join_kernel[(batch * heads, rows, _parts(head_dim, columns))](
             partial,
             none if value_bias is None else value_bias,
             none if sinks is None else sinks,
@@ -206,7 +210,8 @@ def attend_on_gpu(
             rows,
             splits,
             S=_power(splits),
-            W=_power(head_dim),
+            C=min(64, _power(splits)),
+            W=columns,
             **options,
         )
     return out.to(query.dtype)
