@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import processes
+from kvshare.cutting import averaging, is_cut, same_weights
 from kvshare.errors import TrainingError
 from kvshare.losses import loss_terms, weighted
 from kvshare.progress import Progress
@@ -120,6 +121,7 @@ def make_trainer(
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
+    already_cut = is_cut(adapted)
     seen: dict[str, list[Tensor]] = {}  # terms of the forwards since the last entry of the log
 
     class Distiller(Trainer):
@@ -141,6 +143,11 @@ def make_trainer(
                 seen.clear()
             super().log(logs, start_time)
 
+        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+            wrapped = super()._wrap_model(model, training, dataloader)
+            # accelerate does not average what is trained beside weights that are cut
+            return averaging(wrapped) if training and wrapped is adapted and already_cut else wrapped
+
     class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         def __len__(self) -> int:
             return len(rows)
@@ -155,7 +162,7 @@ def make_trainer(
         model=adapted, args=arguments, train_dataset=Rows(), callbacks=list(callbacks), optimizers=(optimizer, None)
     )
     trainer.remove_callback(PrinterCallback)
-    if not isinstance(teacher, Targets):
+    if not isinstance(teacher, Targets) and not already_cut:
         teacher.to(trainer.args.device)
         hold_once(adapted.get_base_model(), teacher)
     return trainer
@@ -163,11 +170,9 @@ def make_trainer(
 
 def hold_once(student: nn.Module, teacher: nn.Module) -> None:
     """Let frozen weights of the student that are the teacher's, and have its name, lie where the teacher's lie."""
-    teachers = dict(teacher.named_parameters())
-    for name, value in student.named_parameters():
-        same = teachers.get(name.replace(".base_layer.", "."))
-        if same is not None and not value.requires_grad and value.dtype == same.dtype and torch.equal(value, same):
-            value.data = same.data
+    own, teachers = dict(student.named_parameters()), dict(teacher.named_parameters())
+    for name, same in same_weights(student, teacher).items():
+        own[name].data = teachers[same].data
 
 
 def make_watch(state: Path, divergence_factor: float, settled: int, progress: Progress) -> Any:

@@ -7,10 +7,13 @@ Never: starts a process; imports accelerate where there is one alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from kvshare.errors import UsageError
 
+FSDP, DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 PATIENCE = timedelta(days=7)  # how long one waits for the others; that one of them has died, the launcher sees at once
 
 
@@ -64,16 +67,52 @@ def require_one(what: str, why: tuple[str, str] | None) -> None:
         raise UsageError(f"{what} was started in {count()} processes, and takes one", *why)
 
 
-def require_copies() -> None:
-    """Refuse launchers that cut a model into parts.
+def require_known_launcher() -> None:
+    """Refuse launchers whose way of sharing the work healing does not know.
 
     Raises:
-        UsageError: accelerate was told to use FSDP or DeepSpeed.
+        UsageError: accelerate was told to use DeepSpeed, the first FSDP, or FSDP with weights in the memory of the CPU.
     """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise UsageError(
-                f"healing does not run under {name}",
-                "LoRA is merged and the shared projections are read from whole weights in every process",
-                "start it with DDP (distributed_type: MULTI_GPU), which holds a copy of both models on every device",
-            )
+    if _says(DEEPSPEED):
+        raise UsageError(
+            "healing does not run under DEEPSPEED",
+            "LoRA is merged and the shared projections are read from whole weights in every process",
+            "start it with DDP (distributed_type: MULTI_GPU), which holds a copy of both models on every device",
+        )
+    if not _says(FSDP):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(
+            "healing does not run under the first FSDP",
+            "it flattens weights that are trained and weights that are not into one tensor",
+            "set fsdp_version: 2, or start it with recipes/accelerate/fsdp2.yaml",
+        )
+    if _says("FSDP_OFFLOAD_PARAMS"):
+        raise UsageError(
+            "healing does not move weights to the memory of the CPU",
+            "fsdp_offload_params is set, and cut weights stay on the devices",
+            "set fsdp_offload_params: false; heal.teacher_top_k and heal.gradient_checkpointing save memory, too",
+        )
+
+
+def cuts() -> bool:
+    """Whether the launcher wants weights cut, so that each process holds its part of them."""
+    return count() > 1 and _says(FSDP)
+
+
+@contextmanager
+def uncut() -> Iterator[None]:
+    """Within, libraries find several processes, and nothing of FSDP: they would read weights in the first process alone, cut what
+    they are given, and not let weights be trained beside those that are cut.
+    """
+    said = os.environ.pop(FSDP, None)
+    try:
+        yield
+    finally:
+        if said is not None:
+            os.environ[FSDP] = said
+
+
+def _says(name: str) -> bool:
+    """Whether the launcher has set a variable."""
+    return os.environ.get(name, "false").lower() == "true"

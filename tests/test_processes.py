@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,28 +23,55 @@ from kvshare import processes
 from kvshare.checkpoint import work_folder
 from kvshare.distillation import newest_state
 from kvshare.errors import UsageError
+from kvshare.families import family_of
 from kvshare.sections import Heal
-from kvshare.training import HealResult, batch_rows
+from kvshare.training import HealResult, batch_rows, check_healing
 
-CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
+WATCHED = """
+import os
+from pathlib import Path
+from kvshare import training
+
+tried = training.preflight
+
+def watch(adapted, teacher, *rest):
+    tried(adapted, teacher, *rest)
+    held = [getattr(value, "_local_tensor", value) for model in (adapted, teacher) for value in model.parameters()]
+    numbers = sum({value.data_ptr(): value.untyped_storage().nbytes() // 4 for value in held}.values())
+    Path(os.environ["HELD"], os.environ["RANK"]).write_text(str(numbers))
+
+training.preflight = watch
+"""
+# FSDP2 with all that reaches into the models: attention by itself, forwards that are run again, trained weights beside cut ones
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"progressive": 0.5, "norms": True, "attention": "full", "gradient_checkpointing": True},
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it."""
+    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it.
 
+    `held` is how many numbers the weights of student and teacher take in each process once they have run.
+    """
+
+    environment: dict[str, str]
     words: list[str]
     folder: Path
     alone: HealResult
     one: Path
     two: Path
     printed: str
+    held: list[int]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def job(
+    request: pytest.FixtureRequest,
     converted_folder: Callable[..., Path],
     source_folder: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -55,25 +83,36 @@ def job(
     recipe.write_text(
         yaml.safe_dump(
             {
-                "heal": {"tokens": 2_048, "batch_tokens": 512, "sequence_length": 64, "lora_rank": 2, "save_steps": 2},
+                "heal": {"tokens": 2_048, "batch_tokens": 512, "sequence_length": 64, "lora_rank": 2, "save_steps": 2}
+                | SETTINGS[request.param],
                 "evaluation": {"tokens": 512, "data": text_file, "max_perplexity_increase": 100.0},
             }
         )
     )
     alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
     script = root / "heal.py"
-    script.write_text(HEAL)
+    script.write_text(WATCHED + HEAL)
     words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / f"{request.param}.yaml",
+        "--main_process_port",
+        "0",
+    ]
     done = subprocess.run(
         [*map(str, launch), str(script), *words, "-o", str(root / "two"), "--json"],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "HELD": str(root)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return Job(words, folder, alone, root / "one", root / "two", done.stdout)
+    environment = ENVIRONMENT | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "fsdp2" else {})
+    held = [int((root / rank).read_text()) for rank in "01"]
+    return Job(environment, words, folder, alone, root / "one", root / "two", done.stdout, held)
 
 
 def test_two_processes_heal_as_one_does(job: Job) -> None:
@@ -97,7 +136,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_pat
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        together = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        together = {**job.environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = [sys.executable, "-c", HEAL, *job.words, "-o", str(output), *more]
         return [
             subprocess.Popen(
@@ -123,9 +162,20 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_pat
     assert not work_folder(output).exists()
 
 
-def test_the_launcher_reads_its_configuration() -> None:
-    config = load_config_from_file(str(CONFIG))
-    assert (str(config.distributed_type), config.num_processes, config.use_cpu) == ("DistributedType.MULTI_GPU", 2, False)
+def test_fsdp_leaves_each_process_its_part_once(job: Job) -> None:
+    whole = sum(value.numel() for value in kvshare.load(job.folder).parameters())
+    if "FSDP_VERSION" not in job.environment:
+        assert min(job.held) >= whole
+        return
+    trained = sum(value.numel() for name, value in load_file(job.folder / "model.safetensors").items() if "self_attn" in name)
+    # half of what both have, which is held once; the trained projections, norms and adapters are whole and small
+    assert max(job.held) < whole / 2 + 2 * trained < 0.75 * whole
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_the_launcher_reads_its_configuration(name: str, kind: str) -> None:
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert (str(config.distributed_type), config.num_processes, config.use_cpu) == (f"DistributedType.{kind}", 2, False)
 
 
 def test_rows_are_shared_equally_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +196,34 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="calibrate was started in 2 processes, and takes one"):
         kvshare.calibrate("kvshare/tiny", tmp_path / "out")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="does not run under FSDP"):
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "under the first FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "to the memory of the CPU"),
+    ],
+)
+def test_launchers_that_healing_does_not_know_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=named):
         kvshare.heal(tmp_path, tmp_path / "out", "kvshare/tiny", "self")
+
+
+def test_cut_weights_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Heal.model_validate({"compile": True})
+    check_healing(settings, family_of("llama"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"heal.compile does not go with FSDP"):
+        check_healing(settings, family_of("llama"))
+    with processes.uncut():
+        assert not processes.cuts()
+    assert processes.cuts()
 
 
 def test_one_process_is_the_first_and_waits_for_nobody() -> None:
