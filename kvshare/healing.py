@@ -177,6 +177,8 @@ def heal_job(checkpoint: Path, source: Source, settings: Recipe) -> dict[str, An
             "seed": settings.seed,
             "heal": settings.heal.model_dump(mode="json"),
             "text": {part.data: content_of(part.data) for part in parts_of(settings.heal.data)},
+            # it saves states of its own, one part per process
+            **({"deepspeed": f"{processes.count()} processes"} if processes.partitions() else {}),
         }
     )
 

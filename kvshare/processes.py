@@ -71,14 +71,11 @@ def require_known_launcher() -> None:
     """Refuse launchers whose way of sharing the work healing does not know.
 
     Raises:
-        UsageError: accelerate was told to use DeepSpeed, the first FSDP, or FSDP with weights in the memory of the CPU.
+        UsageError: accelerate was told to use the first FSDP, FSDP with weights in the memory of the CPU, or DeepSpeed with what
+            the recipe decides or with weights that are cut.
     """
     if _says(DEEPSPEED):
-        raise UsageError(
-            "healing does not run under DEEPSPEED",
-            "LoRA is merged and the shared projections are read from whole weights in every process",
-            "start it with DDP (distributed_type: MULTI_GPU), which holds a copy of both models on every device",
-        )
+        _require_known_deepspeed()
     if not _says(FSDP):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -93,6 +90,39 @@ def require_known_launcher() -> None:
             "fsdp_offload_params is set, and cut weights stay on the devices",
             "set fsdp_offload_params: false; heal.teacher_top_k and heal.gradient_checkpointing save memory, too",
         )
+
+
+def _require_known_deepspeed() -> None:
+    """See `require_known_launcher`."""
+    remedy = "start it with recipes/accelerate/deepspeed.yaml, or cut frozen weights with fsdp2.yaml"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        raise UsageError(
+            "healing takes no configuration file of DeepSpeed",
+            "optimizer, schedule, precision and batches are the recipe's, and such a file may say otherwise",
+            remedy,
+        )
+    if stage not in ("0", "1", "2"):
+        raise UsageError(
+            f"healing does not run under DeepSpeed's ZeRO-{stage}",
+            "it cuts the weights of one model, and student and teacher hold most of theirs together",
+            remedy,
+        )
+    for variable, field, plain in (
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "offload_optimizer_device", "none"),
+        ("ACCELERATE_MIXED_PRECISION", "mixed_precision", "no"),
+    ):
+        if os.environ.get(variable, plain) != plain:
+            raise UsageError(
+                f"healing under DeepSpeed does not take {field}: {os.environ[variable]}",
+                "it would change the optimizer, or the dtype of the weights that are trained",
+                f"set {field}: {plain!r}; the recipe's heal.dtype says in what forwards compute",
+            )
+
+
+def partitions() -> bool:
+    """Whether DeepSpeed trains, which keeps gradients and the optimizer's means in one part per process."""
+    return _says(DEEPSPEED)
 
 
 def cuts() -> bool:

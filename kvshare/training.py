@@ -119,7 +119,7 @@ def train(
     transformers.set_seed(seed)
     watch = make_watch(state, settings.divergence_factor, math.ceil(settings.progressive * steps), progress)
     arguments = training_arguments(state, schedule, settings, settings.save_steps, seed)
-    trainer = make_trainer(adapted, wanted, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
+    trainer = make_trainer(adapted, wanted, arguments, optimizer, rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
     processes.meet()
     for folder in state.glob("checkpoint-*") if processes.is_first() else ():

@@ -16,17 +16,24 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import kvshare
 from kvshare import processes
 from kvshare.checkpoint import work_folder
-from kvshare.distillation import newest_state
-from kvshare.errors import UsageError
+from kvshare.distillation import make_trainer, newest_state
+from kvshare.errors import UnfinishedWorkError, UsageError
 from kvshare.families import family_of
+from kvshare.healing import heal_job
+from kvshare.journal import check_same
+from kvshare.recipe import load_recipe
 from kvshare.sections import Heal
+from kvshare.source import open_source
 from kvshare.training import HealResult, batch_rows, check_healing
 
+DEEPSPEED = {processes.DEEPSPEED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
@@ -172,7 +179,7 @@ def test_fsdp_leaves_each_process_its_part_once(job: Job) -> None:
     assert max(job.held) < whole / 2 + 2 * trained < 0.75 * whole
 
 
-@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
 def test_the_launcher_reads_its_configuration(name: str, kind: str) -> None:
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (str(config.distributed_type), config.num_processes, config.use_cpu) == (f"DistributedType.{kind}", 2, False)
@@ -203,6 +210,10 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "under the first FSDP"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "to the memory of the CPU"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "under DeepSpeed's ZeRO-3"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "no configuration file of DeepSpeed"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "does not take offload_optimizer_device: cpu"),
+        (DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "does not take mixed_precision: bf16"),
     ],
 )
 def test_launchers_that_healing_does_not_know_are_refused(
@@ -212,6 +223,62 @@ def test_launchers_that_healing_does_not_know_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=named):
         kvshare.heal(tmp_path, tmp_path / "out", "kvshare/tiny", "self")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
+def test_healing_takes_what_the_launcher_says_of_a_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed need not be installed: what `accelerate launch` would put into the environment is looked at."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "heal.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    prepare = prepare_deepspeed_cmd_env if name == "deepspeed" else lambda given: (None, prepare_multi_gpu_env(given))
+    if name == "deepspeed":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+    said = prepare(arguments)[1]
+    for variable in (processes.FSDP, processes.DEEPSPEED, "FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        if variable in said:
+            monkeypatch.setenv(variable, said[variable])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.require_known_launcher()
+    assert (processes.cuts(), processes.partitions()) == (name == "fsdp2", name == "deepspeed")
+
+
+def test_deepspeed_is_given_the_rates_of_healing(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It throws the Trainer's optimizer away and has it make another one."""
+    made: list[Any] = []
+
+    def keep(*arguments: Any) -> Any:
+        made.append(make_trainer(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("kvshare.training.make_trainer", keep)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("heal: {tokens: 128, batch_tokens: 128, sequence_length: 64, shared_rate: 0.25}")
+    kvshare.heal(converted_folder("llama-gqa", 2), tmp_path / "out", source_folder("llama-gqa"), text_file, recipe=recipe)
+    made[0].optimizer = None
+    others, slow = made[0].create_optimizer().param_groups
+    assert slow["lr"] == others["lr"] / 4
+    assert slow["params"]
+
+
+def test_states_of_deepspeed_are_its_own(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = converted_folder("llama-gqa", 2), open_source(source_folder("llama-gqa"))
+    plain = heal_job(folder, source, load_recipe(None))
+    monkeypatch.setenv(processes.DEEPSPEED, "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = heal_job(folder, source, load_recipe(None))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = heal_job(folder, source, load_recipe(None))
+    for earlier, now in ((plain, two), (two, plain), (two, four)):
+        with pytest.raises(UnfinishedWorkError, match="deepspeed differs"):
+            check_same(earlier, now, folder)
 
 
 def test_cut_weights_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
