@@ -131,6 +131,7 @@ def make_trainer(
     seen: dict[str, list[Tensor]] = {}  # terms of the forwards since the last entry of the log
 
     class Distiller(Trainer):
+        optimizer: Any
         loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
