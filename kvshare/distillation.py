@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import processes
+from kvshare.cutting import averaging, is_cut, same_weights
 from kvshare.errors import TrainingError
 from kvshare.losses import loss_terms, weighted
 from kvshare.progress import Progress
@@ -50,7 +51,7 @@ def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_st
     renamed = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
     checkpointing = "activation_checkpointing" if renamed else "gradient_checkpointing"
     on_gpu = torch.cuda.is_available()
-    bfloat16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_gpu)
+    bfloat16 = in_bfloat16(settings) and not processes.partitions()
     return transformers.TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=schedule.micro,
@@ -82,6 +83,11 @@ def training_arguments(folder: Path, schedule: Schedule, settings: Heal, save_st
     )
 
 
+def in_bfloat16(settings: Heal) -> bool:
+    """Whether forwards compute in bfloat16."""
+    return settings.dtype == "bfloat16" or (settings.dtype == "auto" and torch.cuda.is_available())
+
+
 def make_optimizer(adapted: nn.Module, shared_name: str, rate: float, shared_rate: float) -> torch.optim.Optimizer:
     """AdamW with a lower rate for matrices that are trained in full and for the shared projections: values read small parts of
     these, amplified many times.
@@ -100,7 +106,7 @@ def make_trainer(
     adapted: Any,
     teacher: Any,
     arguments: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Callable[[], torch.optim.Optimizer],
     rows: Tensor,
     settings: Heal,
     layers: Layers,
@@ -113,6 +119,7 @@ def make_trainer(
     the mean of each term of the loss under the term's name.
 
     Args:
+        optimizer: makes the optimizer, when it is needed: DeepSpeed puts other tensors into the one it gets.
         layers: the attention modules of student and teacher that correspond.
         on_loss: called with the loss of every forward before its backward.
         callbacks: of transformers' kind.
@@ -120,13 +127,15 @@ def make_trainer(
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
+    already_cut = is_cut(adapted)
     seen: dict[str, list[Tensor]] = {}  # terms of the forwards since the last entry of the log
 
     class Distiller(Trainer):
+        optimizer: Any
         loss_is_scaled_for_ga = False  # a mean per forward: the Trainer divides it by the accumulated forwards
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            with self.accelerator.autocast():
+            with apart if apart is not None else self.accelerator.autocast():
                 terms = loss_terms(model, teacher, inputs, settings, layers)
             loss = weighted(terms, settings)
             on_loss(loss)
@@ -141,6 +150,15 @@ def make_trainer(
                 seen.clear()
             super().log(logs, start_time)
 
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = self.optimizer or optimizer()
+            return self.optimizer
+
+        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+            wrapped = super()._wrap_model(model, training, dataloader)
+            # accelerate does not average what is trained beside weights that are cut
+            return averaging(wrapped) if training and wrapped is adapted and already_cut else wrapped
+
     class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         def __len__(self) -> int:
             return len(rows)
@@ -151,11 +169,15 @@ def make_trainer(
             said = {"tokens": teacher.tokens[index], "log_probabilities": teacher.log_probabilities[index]}
             return {"input_ids": rows[index], **said}
 
-    trainer = Distiller(
-        model=adapted, args=arguments, train_dataset=Rows(), callbacks=list(callbacks), optimizers=(optimizer, None)
-    )
+    trainer = Distiller(model=adapted, args=arguments, train_dataset=Rows(), callbacks=list(callbacks))
     trainer.remove_callback(PrinterCallback)
-    if not isinstance(teacher, Targets):
+    apart = None
+    if processes.partitions() and in_bfloat16(settings):
+        # told of bfloat16, DeepSpeed makes all weights bfloat16, and within it no other autocast counts than its own
+        apart = torch.autocast(arguments.device.type, torch.bfloat16)
+        inner = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["torch_autocast"] = inner
+    if not isinstance(teacher, Targets) and not already_cut:
         teacher.to(trainer.args.device)
         hold_once(adapted.get_base_model(), teacher)
     return trainer
@@ -163,11 +185,9 @@ def make_trainer(
 
 def hold_once(student: nn.Module, teacher: nn.Module) -> None:
     """Let frozen weights of the student that are the teacher's, and have its name, lie where the teacher's lie."""
-    teachers = dict(teacher.named_parameters())
-    for name, value in student.named_parameters():
-        same = teachers.get(name.replace(".base_layer.", "."))
-        if same is not None and not value.requires_grad and value.dtype == same.dtype and torch.equal(value, same):
-            value.data = same.data
+    own, teachers = dict(student.named_parameters()), dict(teacher.named_parameters())
+    for name, same in same_weights(student, teacher).items():
+        own[name].data = teachers[same].data
 
 
 def make_watch(state: Path, divergence_factor: float, settled: int, progress: Progress) -> Any:

@@ -114,7 +114,12 @@ def heal(
     if published:
         with workspace(target, resumable=True) if first else nullcontext():
             return Journal(work / JOURNAL, earlier).result(HEALED, HealResult)
-    with workspace(target, resumable=True) if first else nullcontext(), _keeping_states(work / "training") as state:
+    cuts = processes.cuts()
+    with (
+        processes.uncut(),
+        workspace(target, resumable=True) if first else nullcontext(),
+        _keeping_states(work / "training") as state,
+    ):
         if first:
             journal = open_journal(work, job, not resume, AGAIN)
             (state if resume else fresh_folder(state)).mkdir(exist_ok=True)
@@ -122,12 +127,14 @@ def heal(
         cache = SelfCache(work, json.dumps(_identity(teacher_source)))
         rows, held_out = _texts(settings, tokenizer, teacher, cache, measures, progress)
         student = load(folder, dtype=torch.float32)
-        changed, result = train(student, teacher, rows, settings.heal, settings.seed, state, resume, progress)
+        changed, result = train(student, teacher, rows, settings.heal, settings.seed, state, resume, progress, cuts)
         if first:
             staged = fresh_folder(work / "healed")
             write_healed(staged, folder, student, changed, result, settings)
             carry_files(folder, staged)
             if held_out is not None:
+                if cuts:
+                    teacher = load_native(teacher_source.path, dtype=torch.float32).to(best_device())
                 report = _measured(staged, teacher, held_out, settings, progress)
                 result = replace(result, report=report, contamination=contamination(held_out, [rows]))
             _describe(staged, folder, result, settings, carried)
@@ -170,6 +177,8 @@ def heal_job(checkpoint: Path, source: Source, settings: Recipe) -> dict[str, An
             "seed": settings.seed,
             "heal": settings.heal.model_dump(mode="json"),
             "text": {part.data: content_of(part.data) for part in parts_of(settings.heal.data)},
+            # it saves states of its own, one part per process
+            **({"deepspeed": f"{processes.count()} processes"} if processes.partitions() else {}),
         }
     )
 
@@ -210,7 +219,7 @@ def check_heal(folder: Path, target: Path, source: Source, settings: Recipe, mea
     Raises:
         KVShareError: see `heal`.
     """
-    processes.require_copies()
+    processes.require_known_launcher()
     overwrite = overwrite or (resume and is_published(target, read_journal(work_folder(target) / JOURNAL)))
     texts = [settings.heal.data, *([settings.evaluation.data] if measures else [])]
     if verify(folder).form == "exact" or family_of(str(read_json(folder / "config.json").get("model_type"))).tied:

@@ -89,7 +89,7 @@ def preflight(
             adapted,
             teacher,
             training_arguments(folder, once, unreported, 1, seed),
-            optimizer(),
+            optimizer,
             rows[: schedule.micro * processes.count()],
             settings,
             layers,
@@ -106,6 +106,8 @@ def preflight(
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         if not all(torch.equal(value, after[name]) for name, value in _trainable(adapted).items()):
             raise ArithmeticError("the weights that were read are not those that were written")
+        if processes.partitions():
+            trainer.model_wrapped.destroy()  # it listens to gradients, too
         del trainer
         processes.meet()
     except KVShareError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from kvshare import processes
 from kvshare.annealing import annealed, passage
 from kvshare.contamination import Contamination
+from kvshare.cutting import cut, put_together
 from kvshare.data import rows_per_forward
 from kvshare.distillation import (
     Schedule,
@@ -38,7 +39,7 @@ from kvshare.losses import term_weights
 from kvshare.preflight import preflight
 from kvshare.progress import Progress
 from kvshare.sections import Heal
-from kvshare.targets import make_targets
+from kvshare.targets import Targets, make_targets
 
 BASE_RATE, BASE_HIDDEN = 1e-3, 128
 
@@ -66,18 +67,29 @@ class HealResult:
 
 
 def train(
-    student: Any, teacher: Any, rows: Tensor, settings: Heal, seed: int, state: Path, resume: bool, progress: Progress
+    student: Any,
+    teacher: Any,
+    rows: Tensor,
+    settings: Heal,
+    seed: int,
+    state: Path,
+    resume: bool,
+    progress: Progress,
+    cuts: bool = False,
 ) -> tuple[dict[str, Tensor], HealResult]:
     """Distil `teacher` into `student` with PEFT and the transformers Trainer; returns the changed tensors, LoRA merged.
 
+    Of several processes, the first has the tensors.
+
     Args:
         student: a shared model in float32; it is changed.
-        teacher: the source model; it comes back on the device of the training.
+        teacher: the source model; it comes back on the device of the training, and where weights are cut, cut.
         rows: token ids (rows, length); each is seen once.
         settings: the recipe's `heal` section.
         seed: LoRA weights and dropout.
         state: folder of the Trainer's states.
         resume: start from the newest state.
+        cuts: of several processes, each holds its part of the weights that are not trained.
 
     Raises:
         TrainingError: the first step fails when it is tried, or training diverges.
@@ -97,13 +109,17 @@ def train(
     def optimizer() -> torch.optim.Optimizer:
         return make_optimizer(adapted, family.k, rate, settings.shared_rate)
 
+    teacher.requires_grad_(False)
     layers = attention_pairs(adapted.get_base_model(), teacher, family)
     wanted = _targets(teacher, rows, settings, state / "teacher", progress)
+    if cuts:
+        beside = None if isinstance(wanted, Targets) else teacher
+        cut(adapted.get_base_model(), beside, family, int(student.config.num_hidden_layers))
     preflight(adapted, wanted, rows, settings, layers, schedule, optimizer, state / "preflight", seed)
     transformers.set_seed(seed)
     watch = make_watch(state, settings.divergence_factor, math.ceil(settings.progressive * steps), progress)
     arguments = training_arguments(state, schedule, settings, settings.save_steps, seed)
-    trainer = make_trainer(adapted, wanted, arguments, optimizer(), rows, settings, layers, watch.check_loss, [watch])
+    trainer = make_trainer(adapted, wanted, arguments, optimizer, rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
     processes.meet()
     for folder in state.glob("checkpoint-*") if processes.is_first() else ():
@@ -113,14 +129,20 @@ def train(
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     trained = {name.removeprefix("base_model.model.") for name, value in adapted.named_parameters() if value.requires_grad}
     modules = {name.split(".lora_")[0].split(".modules_to_save")[0] for name in trained}
-    # in place, the merge would change the teacher, which has the same weights
-    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    changed = {
-        name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules
-    }
-    teacher.to(trainer.args.device)
+    if cuts:
+        put_together(adapted.get_base_model(), modules)
+    changed = _merged(adapted, modules) if processes.is_first() else {}
+    if not cuts:
+        teacher.to(trainer.args.device)
     log = trainer.state.log_history
     return changed, HealResult(rows.numel(), steps, logged_losses(log), last_terms(log, list(term_weights(settings))))
+
+
+def _merged(adapted: Any, modules: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of these modules, by name, LoRA merged; float32, on the CPU."""
+    # in place, the merge would change the teacher, which has the same weights
+    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    return {name: value.detach().float().cpu() for name, value in merged.state_dict().items() if name.rpartition(".")[0] in modules}
 
 
 def count_trained(student: Any, settings: Heal) -> tuple[int, int]:
@@ -215,6 +237,12 @@ def check_healing(settings: Heal, family: Family) -> None:
             f"heal.progressive does not go with heal.{other}",
             "it computes the source's attention beside the student's, with a weight that changes from step to step",
             f"leave one of heal.progressive and heal.{other} out",
+        )
+    if settings.compile and processes.cuts():
+        raise UsageError(
+            "heal.compile does not go with FSDP",
+            "each layer's weights are put together while it computes, which torch.compile has not been tried with here",
+            "leave heal.compile out, or start it with DDP (recipes/accelerate/ddp.yaml)",
         )
     from transformers.integrations import get_available_reporting_integrations
 

@@ -37,6 +37,7 @@ LAYERS = [
     ["card_plot"],
     ["card", "publishing"],
     ["losses", "targets", "annealing"],
+    ["cutting"],
     ["distillation"],
     ["preflight"],
     ["training"],

@@ -10,40 +10,75 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 import kvshare
 from kvshare import processes
 from kvshare.checkpoint import work_folder
-from kvshare.distillation import newest_state
-from kvshare.errors import UsageError
+from kvshare.distillation import make_trainer, newest_state
+from kvshare.errors import UnfinishedWorkError, UsageError
+from kvshare.families import family_of
+from kvshare.healing import heal_job
+from kvshare.journal import check_same
+from kvshare.recipe import load_recipe
 from kvshare.sections import Heal
-from kvshare.training import HealResult, batch_rows
+from kvshare.source import open_source
+from kvshare.training import HealResult, batch_rows, check_healing
 
-CONFIG = Path(__file__).parent.parent / "recipes" / "accelerate" / "ddp.yaml"
+DEEPSPEED = {processes.DEEPSPEED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
+WATCHED = """
+import os
+from pathlib import Path
+from kvshare import training
+
+tried = training.preflight
+
+def watch(adapted, teacher, *rest):
+    tried(adapted, teacher, *rest)
+    held = [getattr(value, "_local_tensor", value) for model in (adapted, teacher) for value in model.parameters()]
+    numbers = sum({value.data_ptr(): value.untyped_storage().nbytes() // 4 for value in held}.values())
+    Path(os.environ["HELD"], os.environ["RANK"]).write_text(str(numbers))
+
+training.preflight = watch
+"""
+# FSDP2 with all that reaches into the models: attention by itself, forwards that are run again, trained weights beside cut ones
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"progressive": 0.5, "norms": True, "attention": "full", "gradient_checkpointing": True},
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it."""
+    """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it.
 
+    `held` is how many numbers the weights of student and teacher take in each process once they have run.
+    """
+
+    environment: dict[str, str]
     words: list[str]
     folder: Path
     alone: HealResult
     one: Path
     two: Path
     printed: str
+    held: list[int]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def job(
+    request: pytest.FixtureRequest,
     converted_folder: Callable[..., Path],
     source_folder: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
@@ -55,25 +90,36 @@ def job(
     recipe.write_text(
         yaml.safe_dump(
             {
-                "heal": {"tokens": 2_048, "batch_tokens": 512, "sequence_length": 64, "lora_rank": 2, "save_steps": 2},
+                "heal": {"tokens": 2_048, "batch_tokens": 512, "sequence_length": 64, "lora_rank": 2, "save_steps": 2}
+                | SETTINGS[request.param],
                 "evaluation": {"tokens": 512, "data": text_file, "max_perplexity_increase": 100.0},
             }
         )
     )
     alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
     script = root / "heal.py"
-    script.write_text(HEAL)
+    script.write_text(WATCHED + HEAL)
     words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--main_process_port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        CONFIGS / f"{request.param}.yaml",
+        "--main_process_port",
+        "0",
+    ]
     done = subprocess.run(
         [*map(str, launch), str(script), *words, "-o", str(root / "two"), "--json"],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "HELD": str(root)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return Job(words, folder, alone, root / "one", root / "two", done.stdout)
+    environment = ENVIRONMENT | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "fsdp2" else {})
+    held = [int((root / rank).read_text()) for rank in "01"]
+    return Job(environment, words, folder, alone, root / "one", root / "two", done.stdout, held)
 
 
 def test_two_processes_heal_as_one_does(job: Job) -> None:
@@ -97,7 +143,7 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_pat
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        together = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        together = {**job.environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = [sys.executable, "-c", HEAL, *job.words, "-o", str(output), *more]
         return [
             subprocess.Popen(
@@ -123,9 +169,20 @@ def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_pat
     assert not work_folder(output).exists()
 
 
-def test_the_launcher_reads_its_configuration() -> None:
-    config = load_config_from_file(str(CONFIG))
-    assert (str(config.distributed_type), config.num_processes, config.use_cpu) == ("DistributedType.MULTI_GPU", 2, False)
+def test_fsdp_leaves_each_process_its_part_once(job: Job) -> None:
+    whole = sum(value.numel() for value in kvshare.load(job.folder).parameters())
+    if "FSDP_VERSION" not in job.environment:
+        assert min(job.held) >= whole
+        return
+    trained = sum(value.numel() for name, value in load_file(job.folder / "model.safetensors").items() if "self_attn" in name)
+    # half of what both have, which is held once; the trained projections, norms and adapters are whole and small
+    assert max(job.held) < whole / 2 + 2 * trained < 0.75 * whole
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("deepspeed", "DEEPSPEED")])
+def test_the_launcher_reads_its_configuration(name: str, kind: str) -> None:
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert (str(config.distributed_type), config.num_processes, config.use_cpu) == (f"DistributedType.{kind}", 2, False)
 
 
 def test_rows_are_shared_equally_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,9 +203,94 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="calibrate was started in 2 processes, and takes one"):
         kvshare.calibrate("kvshare/tiny", tmp_path / "out")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UsageError, match="does not run under FSDP"):
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "under the first FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "to the memory of the CPU"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "under DeepSpeed's ZeRO-3"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "no configuration file of DeepSpeed"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "does not take offload_optimizer_device: cpu"),
+        (DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "does not take mixed_precision: bf16"),
+    ],
+)
+def test_launchers_that_healing_does_not_know_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=named):
         kvshare.heal(tmp_path, tmp_path / "out", "kvshare/tiny", "self")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
+def test_healing_takes_what_the_launcher_says_of_a_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed need not be installed: what `accelerate launch` would put into the environment is looked at."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "heal.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    prepare = prepare_deepspeed_cmd_env if name == "deepspeed" else lambda given: (None, prepare_multi_gpu_env(given))
+    if name == "deepspeed":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+    said = prepare(arguments)[1]
+    for variable in (processes.FSDP, processes.DEEPSPEED, "FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
+        if variable in said:
+            monkeypatch.setenv(variable, said[variable])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.require_known_launcher()
+    assert (processes.cuts(), processes.partitions()) == (name == "fsdp2", name == "deepspeed")
+
+
+def test_deepspeed_is_given_the_rates_of_healing(
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It throws the Trainer's optimizer away and has it make another one."""
+    made: list[Any] = []
+
+    def keep(*arguments: Any) -> Any:
+        made.append(make_trainer(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("kvshare.training.make_trainer", keep)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("heal: {tokens: 128, batch_tokens: 128, sequence_length: 64, shared_rate: 0.25}")
+    kvshare.heal(converted_folder("llama-gqa", 2), tmp_path / "out", source_folder("llama-gqa"), text_file, recipe=recipe)
+    made[0].optimizer = None
+    others, slow = made[0].create_optimizer().param_groups
+    assert slow["lr"] == others["lr"] / 4
+    assert slow["params"]
+
+
+def test_states_of_deepspeed_are_its_own(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = converted_folder("llama-gqa", 2), open_source(source_folder("llama-gqa"))
+    plain = heal_job(folder, source, load_recipe(None))
+    monkeypatch.setenv(processes.DEEPSPEED, "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = heal_job(folder, source, load_recipe(None))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    four = heal_job(folder, source, load_recipe(None))
+    for earlier, now in ((plain, two), (two, plain), (two, four)):
+        with pytest.raises(UnfinishedWorkError, match="deepspeed differs"):
+            check_same(earlier, now, folder)
+
+
+def test_cut_weights_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Heal.model_validate({"compile": True})
+    check_healing(settings, family_of("llama"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"heal.compile does not go with FSDP"):
+        check_healing(settings, family_of("llama"))
+    with processes.uncut():
+        assert not processes.cuts()
+    assert processes.cuts()
 
 
 def test_one_process_is_the_first_and_waits_for_nobody() -> None:
