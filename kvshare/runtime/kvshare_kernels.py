@@ -323,8 +323,8 @@ def join_kernel(
     C: tl.constexpr,
     W: tl.constexpr,
 ):
-    """Programs: (batch * kv heads, rows, blocks of W columns). What splits found becomes one row; S >= splits, a power of 2, of which
-    C are summed at a time.
+    """Programs: (batch * kv heads, rows, blocks of W columns). What splits found becomes one row; S >= splits, a power of 2; of
+    these, C are summed at a time.
     """
     unit, row = tl.program_id(0), tl.program_id(1)
     b, h, token, head = (unit // heads).to(tl.int64), unit % heads, row // GROUP, (unit % heads) * GROUP + row % GROUP
