@@ -41,7 +41,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
-    arguments, expected = case(name, dtype, tile=kvshare_triton.TILE)
+    arguments, expected = case(name, dtype, tile=64)
     got = attended(arguments)
     assert got.dtype == dtype
     assert error(got, expected) < LIMITS[dtype]
@@ -50,14 +50,14 @@ def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", INTEGERS)
 def test_decoding_of_integers(name: str, bits: int) -> None:
-    arguments, expected = case(name, tile=kvshare_triton.TILE, bits=bits)
+    arguments, expected = case(name, tile=64, bits=bits)
     assert error(attended(arguments), expected) < 1e-5
 
 
 @pytest.mark.parametrize("splits", [1, 3, 40])
 def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     for name in ("one head", "sinks"):
-        arguments, expected = case(name, tile=kvshare_triton.TILE)
+        arguments, expected = case(name, tile=64)
         monkeypatch.setattr(kvshare_triton, "_processors", lambda device: splits)
         monkeypatch.setattr(kvshare_triton, "PROGRAMS", 2)
         monkeypatch.setattr(kvshare_triton, "LEAST", 1)
@@ -106,7 +106,7 @@ def test_the_kernel_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="not checked: that CUDA graphs can hold a step, for there is no GPU")
 def test_a_graph_holds_a_step() -> None:
-    arguments, expected = case("llama", torch.bfloat16, tile=kvshare_triton.TILE)
+    arguments, expected = case("llama", torch.bfloat16, tile=64)
     there = {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     there["tables"] = tuple(table.to(DEVICE) for table in arguments["tables"])
     kvshare_triton.attend_on_gpu(**there)
