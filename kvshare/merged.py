@@ -38,6 +38,7 @@ from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams
 from kvshare.tensors import map_tensor, read_tensor
 
+EARLY = 256 << 20  # bytes after which what is copied is sent to the disk while copying goes on
 COPIED, LAYER, SUM = "copied {}", "layer {}", "sha256 {}"  # entries: a file of the source, a merged layer, an output file
 
 
@@ -71,9 +72,9 @@ def write_merged(
         rows = None  # all is merged: no text has to pass for that
         if all(COPIED.format(file) in journal for file in plan.source.file_bytes):
             summed = {file for file in plan.files if SUM.format(file) in journal}
-    # copying, syncing and checksums wait for the disk, merging computes: they do not wait for each other
-    with _background() as copier, _background() as keeper, _background() as summer:
-        copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
+    # reading, writing to the disk and checksums wait for the disk, merging computes: they do not wait for each other
+    with _background() as keeper, _background() as copier, _background() as summer:
+        copies = [copier.submit(_copy_tensors, file, writer, plan, journal, keeper) for file in sorted(plan.source.file_bytes)]
         kept: list[Future[None]] = []
         sums: dict[str, Future[None]] = {}
 
@@ -91,7 +92,7 @@ def write_merged(
         report = _merge(folder, writer, plan, rows, held_out, device, journal, finished, progress)
         for index, copy in enumerate(copies):
             progress("copying weights", index, len(copies))
-            copy.result()
+            kept += copy.result()
             sum_up()
         for work in (*kept, *sums.values()):
             work.result()
@@ -125,21 +126,24 @@ def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.dev
         BadCheckpointError: see `write_merged`.
     """
     writer = lay_out(folder, plan)
-    with _background() as copier, _background() as keeper:
-        work = [
-            copier.submit(_copy_tensors, file, writer, plan, journal)
+    with _background() as keeper, _background() as copier:
+        copies = [
+            copier.submit(_copy_tensors, file, writer, plan, journal, keeper)
             for place, file in enumerate(sorted(plan.source.file_bytes))
             if processes.is_own(place)
         ]
+        kept: list[Future[None]] = []
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
-            work.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
-            for begun in work:
+            kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
+            for begun in (*copies, *kept):
                 if begun.done():
                     begun.result()
 
         _merge(folder, writer, plan, rows, None, device, journal, finished, progress, processes.is_own)
-        for begun in work:
+        for copy in copies:
+            kept += copy.result()
+        for begun in kept:
             begun.result()
 
 
@@ -229,18 +233,32 @@ def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
     return tuple(journal.result(entry, LayerReport) for entry in entries)
 
 
-def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal) -> None:
-    """What does not change of one file of the source, byte for byte."""
+def _copy_tensors(
+    file: str, writer: WeightWriter, plan: Plan, journal: Journal, keeper: ThreadPoolExecutor
+) -> list[Future[None]]:
+    """What does not change of one file of the source, byte for byte. The disk writes while the next bytes are read: returns what
+    `keeper` has begun of that, which ends with the journal's entry.
+    """
     names = [tensor.name for tensor in plan.tensors if tensor.action == "copy" and tensor.source.file == file]
-    done = COPIED.format(file) in journal
-    for name in names:
-        if done:
+    if COPIED.format(file) in journal:
+        for name in names:
             writer.keep(name)
-        else:
-            writer.copy(plan.source.tensors[name], plan.source.path)
-    if not done:
-        writer.sync(names)
-        journal.record(COPIED.format(file))
+        return []
+    begun: list[Future[None]] = []
+    since: list[str] = []
+    for name in names:
+        writer.copy(plan.source.tensors[name], plan.source.path)
+        since.append(name)
+        if sum(plan.source.tensors[name].bytes for name in since) >= EARLY and (not begun or begun[-1].done()):
+            begun.append(keeper.submit(writer.sync, since))
+            since = []
+    return [*begun, keeper.submit(_keep_copy, file, names, writer, journal)]
+
+
+def _keep_copy(file: str, names: Sequence[str], writer: WeightWriter, journal: Journal) -> None:
+    """Bring what was copied of a file to the disk and note it."""
+    writer.sync(names)
+    journal.record(COPIED.format(file))
 
 
 def _merged_layers(
