@@ -75,10 +75,10 @@ class Attending:
 
 
 def _blocks(visible: Tensor) -> list[tuple[slice, slice]]:
-    """Runs of queries, and from the first to the last key that any of them sees."""
-    blocks = []
-    for start in range(0, len(visible), BLOCK_TOKENS):
-        queries = slice(start, min(start + BLOCK_TOKENS, len(visible)))
+    """Runs of queries, and from the first to the last key that any of them sees; one run on a GPU, where few large steps win."""
+    blocks, size = [], BLOCK_TOKENS if visible.device.type == "cpu" else len(visible)
+    for start in range(0, len(visible), size):
+        queries = slice(start, min(start + size, len(visible)))
         seen = visible[queries].any(0).nonzero()
         blocks.append((queries, slice(int(seen[0]), int(seen[-1]) + 1)))
     return blocks
