@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from kvshare import processes
-from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
+from kvshare.checkpoint import (
+    FORMAT_VERSION,
+    MODELING,
+    OutputTensor,
+    WeightWriter,
+    fits_page_cache,
+    forget,
+    sha256,
+    sync,
+    write_json,
+)
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
 from kvshare.journal import Journal, versions
@@ -80,7 +90,7 @@ def write_merged(
 
         def sum_up() -> None:
             for file in sorted(writer.complete() - sums.keys() - summed):
-                sums[file] = summer.submit(_sum, folder, file, journal)
+                sums[file] = summer.submit(_sum, folder, file, plan, journal)
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
@@ -110,7 +120,8 @@ def write_merged(
 def lay_out(folder: Path, plan: Plan) -> WeightWriter:
     """The weight files of the output, empty where nothing is written yet; what lies in them stays."""
     folder.mkdir(exist_ok=True)
-    return WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+    tensors = [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors]
+    return WeightWriter(folder, tensors, _cached(plan))
 
 
 def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.device, journal: Journal, progress: Progress) -> None:
@@ -151,7 +162,7 @@ def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
     """Take the checksums of the weight files, all complete, that fall to this process of several."""
     for place, file in enumerate(plan.files):
         if processes.is_own(place) and SUM.format(file) not in journal:
-            _sum(folder, file, journal)
+            _sum(folder, file, plan, journal)
 
 
 @contextmanager
@@ -217,9 +228,19 @@ def _keep_layer(layer: int, names: Sequence[str], report: LayerReport | None, wr
     journal.record(LAYER.format(layer), None if report is None else asdict(report))
 
 
-def _sum(folder: Path, file: str, journal: Journal) -> None:
+def _cached(plan: Plan) -> bool:
+    """Whether source and output could stay in the page cache; what could not is not left there to be pushed out by what follows."""
+    return fits_page_cache(plan.bytes_read + plan.bytes_written)
+
+
+def _sum(folder: Path, file: str, plan: Plan, journal: Journal) -> None:
     """Take the checksum of a complete file; the copying and merging have only just left it in the page cache."""
-    journal.record(SUM.format(file), sha256(folder / file))
+    digest = sha256(folder / file)
+    if not _cached(plan):
+        sync(folder / file)
+        with (folder / file).open("rb") as stream:
+            forget(stream.fileno())
+    journal.record(SUM.format(file), digest)
 
 
 def weight_sums(plan: Plan, journal: Journal) -> dict[str, str]:
@@ -233,9 +254,7 @@ def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
     return tuple(journal.result(entry, LayerReport) for entry in entries)
 
 
-def _copy_tensors(
-    file: str, writer: WeightWriter, plan: Plan, journal: Journal, keeper: ThreadPoolExecutor
-) -> list[Future[None]]:
+def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal, keeper: ThreadPoolExecutor) -> list[Future[None]]:
     """What does not change of one file of the source, byte for byte. The disk writes while the next bytes are read: returns what
     `keeper` has begun of that, which ends with the journal's entry.
     """

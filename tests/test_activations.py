@@ -103,7 +103,7 @@ def test_what_a_layer_projects_is_used_where_it_is_what_moments_are_taken_of(
     rows = torch.randint(1, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
     hidden, calls = first_inputs(model, layers, rows, torch.device("cpu"))
     attention = attention_of(layers[0], family)
-    head_dim = 16 if key == 'tiny' else 8
+    head_dim = 16 if key == "tiny" else 8
     w = read_weights(attention, family, head_dim, rotary_dim(attention, family, calls[0]))
     given: list[str] = []
     add = MomentSums.add
