@@ -95,7 +95,8 @@ def write_merged(
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
             sum_up()
-            for work in (*copies, *kept, *sums.values()):
+            begun: list[Future[Any]] = [*copies, *kept, *sums.values()]
+            for work in begun:
                 if work.done():
                     work.result()  # what failed ends the merge
 
@@ -147,15 +148,16 @@ def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.dev
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
-            for begun in (*copies, *kept):
-                if begun.done():
-                    begun.result()
+            begun: list[Future[Any]] = [*copies, *kept]
+            for work in begun:
+                if work.done():
+                    work.result()
 
         _merge(folder, writer, plan, rows, None, device, journal, finished, progress, processes.is_own)
         for copy in copies:
             kept += copy.result()
-        for begun in kept:
-            begun.result()
+        for work in kept:
+            work.result()
 
 
 def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
