@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:  # its import takes a second, and most commands draw nothing
+    from matplotlib.axes import Axes
 
 PLOT = "report.png"
 WIDTH, HEIGHT, LEFT = 4.5, 3.2, 0.8  # of a panel, and what its labels take of it, in inches
@@ -37,6 +34,10 @@ def draw_plot(report: dict[str, Any]) -> bytes | None:
     panels = [panel for panel in (_perplexity(report), _layers(report), _healing(report)) if panel is not None]
     if not panels:
         return None
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     with style.context("default"):
         figure = Figure(figsize=(WIDTH * len(panels), HEIGHT), dpi=100)
         # room for labels as they are: measuring them takes longer than drawing
@@ -73,6 +74,7 @@ def _layers(report: dict[str, Any]) -> Callable[[Axes], None] | None:
     series = {label: points for label, points in series.items() if points}
     if not series:
         return None
+    from matplotlib.ticker import MaxNLocator
 
     def draw(axes: Axes) -> None:
         for label, points in series.items():

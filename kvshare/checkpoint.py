@@ -58,10 +58,11 @@ class WeightWriter:
     """Writes safetensors files of a known layout into a folder, tensors in any order, each where its header says.
 
     Files of that layout that an earlier run has begun are gone on with; which of their tensors are written, the caller knows.
+    What is copied stays in the page cache only if it is `cached`.
     """
 
-    def __init__(self, folder: Path, tensors: list[OutputTensor]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tensors: list[OutputTensor], cached: bool = True) -> None:
+        self.folder, self.cached = folder, cached
         self.pending = {tensor.name: tensor for tensor in tensors}
         self.files = {tensor.name: tensor.file for tensor in tensors}
         self.offsets: dict[str, int] = {}
@@ -150,6 +151,8 @@ class WeightWriter:
                         "download that file again",
                     )
                 left -= moved
+            if not self.cached:
+                forget(source.fileno(), spec.start, spec.bytes)
         del self.pending[spec.name]
 
     def finish(self) -> None:
@@ -368,6 +371,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def forget(descriptor: int, start: int = 0, size: int = 0) -> None:
+    """Take `size` bytes of a file from `start` on, or all, out of the page cache, as far as they are on the disk: memory that is
+    used again costs less than other memory, and what else is cached stays.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+
+
+def fits_page_cache(size: int) -> bool:
+    """Whether so many bytes of files could stay in memory."""
+    return "SC_PHYS_PAGES" not in os.sysconf_names or size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvshare.activations import LayerCall, OutputSums, attending, batches, enters, first_inputs, room, rotary_dim
+from kvshare.activations import LayerCall, OutputSums, batches, enters, first_inputs, room, rotary_dim
 from kvshare.families import Family
 from kvshare.fit import FitReport, fit_layer
 from kvshare.layout import pack, paired, unpack
@@ -27,7 +27,7 @@ from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, choose_grouping, divided, merge_svd, pair_losses, search_grouping, solve_layer
 from kvshare.moments import MomentSums, Weighting, fits_apart
-from kvshare.passes import advance, attend_and_advance, attention_of
+from kvshare.passes import add_moments, advance, attend_and_advance, attention_of
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Recipe
@@ -214,16 +214,20 @@ def merge_alone(
 
 
 def source_moments(
-    layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, kv_heads: int, device: torch.device
+    layer: nn.Module, plan: Plan, call: LayerCall, hidden: Tensor, kv_heads: int, device: torch.device, advances: bool = False
 ) -> tuple[Moments, int]:
     """The moments of one layer of the source, for a conversion to `kv_heads` KV heads, and how many numbers of a head rope turns;
-    for the arguments see `merge_alone`.
+    for the arguments see `merge_alone`. Where it `advances`, hidden states are taken behind the layer, in place.
     """
     view, settings = _View(layer, plan.family, call, hidden, hidden, device), plan.recipe.merge
     attention = attention_of(layer, plan.family)
     weights = read_weights(attention, plan.family, plan.head_dim, rotary_dim(attention, plan.family, call))
     grouping = _grouping(view, weights, kv_heads, settings)
-    return _moments(_part(view, settings.moment_tokens), weights, grouping, settings.weighting), weights.rotated
+    part = _part(view, settings.moment_tokens)
+    moments = _moments(part, weights, grouping, settings.weighting, advances)
+    if advances and len(rest := hidden[len(part.hidden) :]):
+        advance(layer, rest, call, device)
+    return moments, weights.rotated
 
 
 def merge_on_statistics(
@@ -326,12 +330,9 @@ def _share(hidden: Tensor) -> int:
     return max(1, len(hidden) // 4)
 
 
-def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
-    attention = attention_of(view.layer, view.family)
+def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting, advances: bool = False) -> Moments:
     sums = MomentSums(weights, grouping, weighting)
-    for batch in batches(view.hidden):
-        inputs = enters(view.layer, attention, batch.to(view.device), view.call)
-        sums.add(inputs, attending(attention, view.family, view.call, weights.rotated, inputs))
+    add_moments(sums, view.layer, view.family, view.hidden, view.call, view.device, advances)
     return sums.moments()
 
 

@@ -16,7 +16,8 @@ from kvshare.source import ITEM_BYTES, TensorSpec
 LIBRARIES = 1_200_000_000  # torch and transformers, tokens, the parts of attention that moments are taken of
 LOGITS = 1 << 30  # of one forward, see `rows_per_forward`
 IN_MEMORY = 1 << 30  # bytes of hidden states beyond which they lie in a file
-BATCH_TOKENS = 8_192  # tokens that pass through a layer at a time
+BATCH_TOKENS = 2_048  # tokens that pass through a layer at a time
+BATCH_STATES = 16  # numbers of the layer's widest tensor that one of these tokens takes, there and where it is measured
 
 
 def needs_whole(recipe: Recipe, writes: bool | None = None) -> bool:
@@ -60,7 +61,7 @@ def peak_memory(recipe: Recipe, tensors: Sequence[TensorSpec], first_layer: str,
         return largest * 10 + 500_000_000
     own = [tensor for tensor in tensors if tensor.name.startswith(first_layer)]
     layer = int(sum(tensor.bytes for tensor in own) * width)
-    batch = 4 * 4 * BATCH_TOKENS * max((max(tensor.shape, default=0) for tensor in own), default=0)
+    batch = 4 * BATCH_STATES * BATCH_TOKENS * max((max(tensor.shape, default=0) for tensor in own), default=0)
     measured = 2 * 4 * hidden * recipe.evaluation.tokens if recipe.evaluation.mode == "layers" else 0
     return 3 * layer + int(2 * largest * width) + streams + measured + batch + LIBRARIES
 

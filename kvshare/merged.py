@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from kvshare import processes
-from kvshare.checkpoint import FORMAT_VERSION, MODELING, OutputTensor, WeightWriter, sha256, write_json
+from kvshare.checkpoint import (
+    FORMAT_VERSION,
+    MODELING,
+    OutputTensor,
+    WeightWriter,
+    fits_page_cache,
+    forget,
+    sha256,
+    sync,
+    write_json,
+)
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
 from kvshare.journal import Journal, versions
@@ -38,6 +48,7 @@ from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams
 from kvshare.tensors import map_tensor, read_tensor
 
+EARLY = 256 << 20  # bytes after which what is copied is sent to the disk while copying goes on
 COPIED, LAYER, SUM = "copied {}", "layer {}", "sha256 {}"  # entries: a file of the source, a merged layer, an output file
 
 
@@ -71,27 +82,28 @@ def write_merged(
         rows = None  # all is merged: no text has to pass for that
         if all(COPIED.format(file) in journal for file in plan.source.file_bytes):
             summed = {file for file in plan.files if SUM.format(file) in journal}
-    # copying, syncing and checksums wait for the disk, merging computes: they do not wait for each other
-    with _background() as copier, _background() as keeper, _background() as summer:
-        copies = [copier.submit(_copy_tensors, file, writer, plan, journal) for file in sorted(plan.source.file_bytes)]
+    # reading, writing to the disk and checksums wait for the disk, merging computes: they do not wait for each other
+    with _background() as keeper, _background() as copier, _background() as summer:
+        copies = [copier.submit(_copy_tensors, file, writer, plan, journal, keeper) for file in sorted(plan.source.file_bytes)]
         kept: list[Future[None]] = []
         sums: dict[str, Future[None]] = {}
 
         def sum_up() -> None:
             for file in sorted(writer.complete() - sums.keys() - summed):
-                sums[file] = summer.submit(_sum, folder, file, journal)
+                sums[file] = summer.submit(_sum, folder, file, plan, journal)
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
             sum_up()
-            for work in (*copies, *kept, *sums.values()):
+            begun: list[Future[Any]] = [*copies, *kept, *sums.values()]
+            for work in begun:
                 if work.done():
                     work.result()  # what failed ends the merge
 
         report = _merge(folder, writer, plan, rows, held_out, device, journal, finished, progress)
         for index, copy in enumerate(copies):
             progress("copying weights", index, len(copies))
-            copy.result()
+            kept += copy.result()
             sum_up()
         for work in (*kept, *sums.values()):
             work.result()
@@ -109,7 +121,8 @@ def write_merged(
 def lay_out(folder: Path, plan: Plan) -> WeightWriter:
     """The weight files of the output, empty where nothing is written yet; what lies in them stays."""
     folder.mkdir(exist_ok=True)
-    return WeightWriter(folder, [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors])
+    tensors = [OutputTensor(t.name, t.dtype, t.shape, t.file) for t in plan.tensors]
+    return WeightWriter(folder, tensors, _cached(plan))
 
 
 def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.device, journal: Journal, progress: Progress) -> None:
@@ -125,29 +138,33 @@ def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.dev
         BadCheckpointError: see `write_merged`.
     """
     writer = lay_out(folder, plan)
-    with _background() as copier, _background() as keeper:
-        work = [
-            copier.submit(_copy_tensors, file, writer, plan, journal)
+    with _background() as keeper, _background() as copier:
+        copies = [
+            copier.submit(_copy_tensors, file, writer, plan, journal, keeper)
             for place, file in enumerate(sorted(plan.source.file_bytes))
             if processes.is_own(place)
         ]
+        kept: list[Future[None]] = []
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
-            work.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
-            for begun in work:
-                if begun.done():
-                    begun.result()
+            kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
+            begun: list[Future[Any]] = [*copies, *kept]
+            for work in begun:
+                if work.done():
+                    work.result()
 
         _merge(folder, writer, plan, rows, None, device, journal, finished, progress, processes.is_own)
-        for begun in work:
-            begun.result()
+        for copy in copies:
+            kept += copy.result()
+        for work in kept:
+            work.result()
 
 
 def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
     """Take the checksums of the weight files, all complete, that fall to this process of several."""
     for place, file in enumerate(plan.files):
         if processes.is_own(place) and SUM.format(file) not in journal:
-            _sum(folder, file, journal)
+            _sum(folder, file, plan, journal)
 
 
 @contextmanager
@@ -213,9 +230,19 @@ def _keep_layer(layer: int, names: Sequence[str], report: LayerReport | None, wr
     journal.record(LAYER.format(layer), None if report is None else asdict(report))
 
 
-def _sum(folder: Path, file: str, journal: Journal) -> None:
+def _cached(plan: Plan) -> bool:
+    """Whether source and output could stay in the page cache; what could not is not left there to be pushed out by what follows."""
+    return fits_page_cache(plan.bytes_read + plan.bytes_written)
+
+
+def _sum(folder: Path, file: str, plan: Plan, journal: Journal) -> None:
     """Take the checksum of a complete file; the copying and merging have only just left it in the page cache."""
-    journal.record(SUM.format(file), sha256(folder / file))
+    digest = sha256(folder / file)
+    if not _cached(plan):
+        sync(folder / file)
+        with (folder / file).open("rb") as stream:
+            forget(stream.fileno())
+    journal.record(SUM.format(file), digest)
 
 
 def weight_sums(plan: Plan, journal: Journal) -> dict[str, str]:
@@ -229,18 +256,30 @@ def layer_reports(plan: Plan, journal: Journal) -> tuple[LayerReport, ...]:
     return tuple(journal.result(entry, LayerReport) for entry in entries)
 
 
-def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal) -> None:
-    """What does not change of one file of the source, byte for byte."""
+def _copy_tensors(file: str, writer: WeightWriter, plan: Plan, journal: Journal, keeper: ThreadPoolExecutor) -> list[Future[None]]:
+    """What does not change of one file of the source, byte for byte. The disk writes while the next bytes are read: returns what
+    `keeper` has begun of that, which ends with the journal's entry.
+    """
     names = [tensor.name for tensor in plan.tensors if tensor.action == "copy" and tensor.source.file == file]
-    done = COPIED.format(file) in journal
-    for name in names:
-        if done:
+    if COPIED.format(file) in journal:
+        for name in names:
             writer.keep(name)
-        else:
-            writer.copy(plan.source.tensors[name], plan.source.path)
-    if not done:
-        writer.sync(names)
-        journal.record(COPIED.format(file))
+        return []
+    begun: list[Future[None]] = []
+    since: list[str] = []
+    for name in names:
+        writer.copy(plan.source.tensors[name], plan.source.path)
+        since.append(name)
+        if sum(plan.source.tensors[name].bytes for name in since) >= EARLY and (not begun or begun[-1].done()):
+            begun.append(keeper.submit(writer.sync, since))
+            since = []
+    return [*begun, keeper.submit(_keep_copy, file, names, writer, journal)]
+
+
+def _keep_copy(file: str, names: Sequence[str], writer: WeightWriter, journal: Journal) -> None:
+    """Bring what was copied of a file to the disk and note it."""
+    writer.sync(names)
+    journal.record(COPIED.format(file))
 
 
 def _merged_layers(

@@ -14,7 +14,7 @@ what cancels in the average costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kvshare.merge import AttentionWeights, Grouping, Moments
 
-CHUNK_NUMBERS = 1 << 24  # attention weights held at one time
+CHUNK_NUMBERS = 1 << 24  # attention weights of the rows that are looked at together
+BLOCK_TOKENS = 64  # queries whose attention weights are held at one time, so few that they stay in a cache
 METRIC_TOKENS = 32  # tokens of a row at which Lambda is taken
 ROPE_AVERAGE = 0.25  # part of Lambda that is averaged over all relative positions, in which rope pairs do not mix
 EVEN = 0.1  # part of the weight of a row's keys that is spread evenly over them
@@ -53,21 +54,34 @@ class Attending:
     sinks: Tensor | None = None
     bias: Tensor | None = None
 
-    def weights(self, scores: Tensor, heads: slice) -> tuple[Tensor, Tensor | float]:
+    def weights(
+        self, scores: Tensor, heads: slice, queries: slice = slice(None), keys: slice = slice(None)
+    ) -> tuple[Tensor, Tensor | float]:
         """Attention weights of some query heads from scores (rows, queries, i, j), which are used up, and the derivative of capped
-        scores.
+        scores. `queries` and `keys` say which tokens i and j are, where they are not all; the keys are all that these queries see.
         """
         slope: Tensor | float = 1.0
         if self.softcap is not None:
             capped = torch.tanh(scores / self.softcap)
             scores, slope = capped * self.softcap, 1 - capped.square()
         if self.bias is not None:
-            scores = scores + self.bias[heads].to(scores)
-        scores.masked_fill_(~self.visible, -torch.inf)
+            bias = self.bias[heads, :, keys]
+            scores = scores + (bias if bias.shape[1] == 1 else bias[:, queries]).to(scores)
+        scores.masked_fill_(~self.visible[queries, keys], -torch.inf)
         if self.sinks is None:
             return scores.softmax(-1), slope
         sinks = self.sinks[heads].to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1], slope
+
+
+def _blocks(visible: Tensor) -> list[tuple[slice, slice]]:
+    """Runs of queries, and from the first to the last key that any of them sees; one run on a GPU, where few large steps win."""
+    blocks, size = [], BLOCK_TOKENS if visible.device.type == "cpu" else len(visible)
+    for start in range(0, len(visible), size):
+        queries = slice(start, min(start + size, len(visible)))
+        seen = visible[queries].any(0).nonzero()
+        blocks.append((queries, slice(int(seen[0]), int(seen[-1]) + 1)))
+    return blocks
 
 
 def fits_apart(weights: AttentionWeights, heads: int) -> bool:
@@ -106,29 +120,47 @@ class MomentSums:
         self.metric = torch.zeros(weights.kv_heads, width, width, dtype=torch.float64, device=device)
         self.weight = torch.zeros(weights.kv_heads, dtype=torch.float64, device=device)
         self.tokens, self.sampled = 0, 0
+        out = weights.o.view(len(weights.o), weights.kv_heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
+        self.read = torch.einsum("ohqi,ohqj->hqij", out, out) if weighting == "attention" else None  # W_O^T W_O of each head
 
     @torch.no_grad()
-    def add(self, inputs: Tensor, attending: Attending) -> None:
-        """Add a batch of attention inputs (rows, tokens, hidden)."""
-        per_row = self.weights.query_heads * inputs.shape[1] ** 2
-        for part in inputs.split(max(1, CHUNK_NUMBERS // per_row)):
-            self._add(part, attending)
+    def add(self, inputs: Tensor, attending: Attending, projected: Mapping[str, Tensor] | None = None) -> None:
+        """Add a batch.
 
-    def _add(self, inputs: Tensor, attending: Attending) -> None:
+        Args:
+            inputs: of attention (rows, tokens, hidden).
+            attending: how the layer attends to them.
+            projected: what is known already of their projections (rows, tokens, width): `q` with its bias, `k` and `v` without.
+        """
+        chunk = max(1, CHUNK_NUMBERS // (self.weights.query_heads * inputs.shape[1] ** 2))
+        blocks = _blocks(attending.visible)
+        for start in range(0, len(inputs), chunk):
+            part = slice(start, start + chunk)
+            known = {name: states[part] for name, states in (projected or {}).items()}
+            self._add(inputs[part], known, attending, blocks)
+
+    def _add(
+        self, inputs: Tensor, projected: Mapping[str, Tensor], attending: Attending, blocks: list[tuple[slice, slice]]
+    ) -> None:
         w = self.weights
         rows, tokens, _ = inputs.shape
         served = w.query_heads // w.kv_heads
 
-        def heads(weight: Tensor, bias: Tensor | None) -> Tensor:
-            states = inputs @ weight.to(inputs).T
-            return (states if bias is None else states + bias.to(inputs)).view(rows, tokens, -1, w.head_dim).transpose(1, 2)
+        def heads(part: str, weight: Tensor, bias: Tensor | None) -> Tensor:
+            states = projected.get(part)
+            if states is None:
+                states = inputs @ weight.to(inputs).T
+                states = states if bias is None else states + bias.to(inputs)
+            return states.view(rows, tokens, -1, w.head_dim).transpose(1, 2)
 
-        bare = torch.stack([heads(w.k, None), heads(w.v, None)], 1)  # (rows, 2, kv heads, tokens, head_dim), without biases
+        bare = torch.stack(
+            [heads("k", w.k, None), heads("v", w.v, None)], 1
+        )  # (rows, 2, kv heads, tokens, head_dim), without biases
         keys, values = (
             part if bias is None else part + bias.to(part).view(-1, 1, w.head_dim)
             for part, bias in zip(bare.unbind(1), (w.k_bias, w.v_bias), strict=True)
         )  # (rows, kv heads, tokens, head_dim)
-        queries = heads(w.q, w.q_bias)  # (rows, query heads, tokens, head_dim)
+        queries = heads("q", w.q, w.q_bias)  # (rows, query heads, tokens, head_dim)
         relative = torch.ones_like(keys[..., 0])  # what an error of a key counts: norms ignore scale
         if w.key_norm is not None:
             relative = _per_square(keys, w.key_norm)
@@ -137,7 +169,7 @@ class MomentSums:
             size = _per_square(queries, w.query_norm).sqrt()[..., None]
             queries = queries * size * w.query_norm.to(inputs).view(-1, 1, w.head_dim)
         if self.weighting == "attention":
-            importance = self._add_attention(queries, keys, values, relative, bare, attending)
+            importance = self._add_attention(queries, keys, values, relative, bare, attending, blocks)
         else:
             importance = relative if self.weighting == "projections" else torch.ones_like(relative)
             if self.weighting == "projections":
@@ -150,7 +182,14 @@ class MomentSums:
         self._add_keys(bare, importance)
 
     def _add_attention(
-        self, queries: Tensor, keys: Tensor, values: Tensor, relative: Tensor, bare: Tensor, attending: Attending
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        relative: Tensor,
+        bare: Tensor,
+        attending: Attending,
+        blocks: list[tuple[slice, slice]],
     ) -> Tensor:
         """Add the metric and the moments of values; returns what each token's key counts, (rows, kv heads, tokens)."""
         w = self.weights
@@ -160,47 +199,45 @@ class MomentSums:
         keys = attending.rotate(keys, positions)
         importance = torch.zeros_like(relative)
         energies = _turned(keys.transpose(-1, -2) @ keys / keys.shape[2], w.rotated)  # (rows, kv heads, head_dim, head_dim)
+        assert self.read is not None
+        step = max(1, len(positions) // METRIC_TOKENS)
+        at = positions[::step]
         for head in range(w.kv_heads):
             own = slice(head * served, (head + 1) * served)
-            scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
-            attention, slope = attending.weights(scores, own)
-            costs = self._costs(attention, values[:, head, None], own)
-            if w.key_norm is not None:
-                costs *= relative[:, head, None, None]
-            if isinstance(slope, Tensor):
-                costs *= slope.square()
-            scores = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
-            importance[:, head] = (scores.transpose(-1, -2) @ costs).sum((1, 2))
-            self._add_metric(queries[:, own], costs, head, attending)
-            self._add_values(attention, bare, head)
+            place, group = next((place, group) for place, group in enumerate(self.grouping) if head in group)
+            states = self._group_inputs(bare, group)
+            start = (len(group) + group.index(head)) * w.head_dim  # of its value in them
+            metric = self.read[head].to(values)
+            read = _read(values[:, head, None], metric)
+            sharpness = ((queries[:, own] @ energies[:, head, None]) * queries[:, own]).sum(-1, keepdim=True)
+            outer = torch.zeros(len(at), w.head_dim, w.head_dim, dtype=torch.float64, device=keys.device)
+            for i, j in blocks:
+                asking = queries[:, own, i]
+                scores = (asking.flatten(1, 2) @ keys[:, head, j].transpose(-1, -2)).unflatten(1, (served, -1))
+                attention, slope = attending.weights(scores, own, i, j)  # (rows, queries, i, j)
+                averaged = (attention.flatten(1, 2) @ states[:, j]).unflatten(1, (served, -1))
+                self._add_values(averaged, place, group.index(head))
+                outputs = averaged[..., start : start + w.head_dim]
+                if w.v_bias is not None:
+                    bias = w.v_bias.to(outputs).view(-1, w.head_dim)[head]
+                    outputs = outputs + averaged[..., -1:] * bias  # the last number is the sum of the weights
+                costs = _costs(attention, outputs, metric, read[:, :, j])
+                if w.key_norm is not None:
+                    costs *= relative[:, head, None, None, j]
+                if isinstance(slope, Tensor):
+                    costs *= slope.square()
+                importance[:, head, j] += (sharpness[:, :, i].transpose(-1, -2) @ costs).sum((1, 2))
+                _add_outer(outer, asking, costs, j, step)
+            self._add_metric(outer, head, attending, at)
+        self.sampled += len(keys) * len(at)
         # Far from first order, a key that nobody reads may be changed so much that it is read.
         return (1 - EVEN) * importance + EVEN * importance.mean(-1, keepdim=True)
 
-    def _costs(self, attention: Tensor, values: Tensor, own: slice) -> Tensor:
-        """W_ij, (rows, queries, i, j), from attention weights and values (rows, 1, tokens, head_dim)."""
-        w = self.weights
-        out = w.o.to(values).view(len(w.o), -1, w.head_dim)[:, own]  # (hidden, queries, head_dim)
-        metric = torch.einsum("oqc,oqd->qcd", out, out)
-        outputs = attention @ values  # (rows, queries, i, head_dim)
-        read = values @ metric  # (rows, queries, j, head_dim)
-        squares = (read * values).sum(-1)[..., None, :] + ((outputs @ metric) * outputs).sum(-1, keepdim=True)
-        costs = squares - 2 * outputs @ read.transpose(-1, -2)
-        return costs.clamp_min_(0).mul_(attention).mul_(attention)  # in place: these are large
-
-    def _add_metric(self, queries: Tensor, costs: Tensor, head: int, attending: Attending) -> None:
-        """R_j^T (sum_i W_ij q_i q_i^T) R_j at some tokens j of each row."""
-        rows, _, tokens, width = queries.shape
-        at = torch.arange(0, tokens, max(1, tokens // METRIC_TOKENS), device=queries.device)
-        total = torch.zeros(width, width, dtype=torch.float64, device=queries.device)
-        for row in range(rows):
-            read = queries[row].flatten(0, 1)  # (queries * i, head_dim)
-            weighted = costs[row][:, :, at].permute(2, 0, 1).flatten(1)[None] * read.T[:, None]  # (head_dim, j, queries * i)
-            outer = (weighted.flatten(0, 1) @ read).view(width, 1, len(at), width)
-            turned = attending.unrotate(outer, at).transpose(0, 3)  # rotated on one side, then on the other
-            total += attending.unrotate(turned.contiguous(), at).double().sum((1, 2))
-        self.metric[head] += total
-        if head == 0:
-            self.sampled += rows * len(at)
+    def _add_metric(self, outer: Tensor, head: int, attending: Attending, at: Tensor) -> None:
+        """Add R_j^T A_j R_j at some tokens j, with A_j = sum_i W_ij q_i q_i^T of shape (j, head_dim, head_dim)."""
+        turned = attending.unrotate(outer.transpose(0, 1)[:, None].to(self.read), at)  # on one side, then on the other
+        turned = attending.unrotate(turned.transpose(0, 3).contiguous(), at)
+        self.metric[head] += turned.double().sum((1, 2))
 
     def _group_inputs(self, bare: Tensor, group: tuple[int, ...]) -> Tensor:
         """U of a group, (rows, tokens, n)."""
@@ -208,13 +245,12 @@ class MomentSums:
         states = bare[:, :, list(group)].permute(0, 3, 1, 2, 4).reshape(rows, tokens, -1)
         return torch.cat([states, torch.ones_like(states[..., :1])], -1) if self.has_bias else states
 
-    def _add_values(self, attention: Tensor, bare: Tensor, head: int) -> None:
-        """Moments of u averaged by the attention weights (rows, queries, i, j) of a source head."""
-        for sums, group in zip(self.values, self.grouping, strict=True):
-            if head in group:
-                averaged = (attention @ self._group_inputs(bare, group)[:, None]).flatten(0, 2).double()
-                share = attention.shape[1] * (len(group) if len(sums) == 1 else 1)
-                sums[group.index(head) if len(sums) > 1 else 0] += averaged.T @ averaged / share
+    def _add_values(self, averaged: Tensor, group: int, place: int) -> None:
+        """Add u averaged by the attention weights of a source head, (rows, queries, i, n), at its place in a group."""
+        sums = self.values[group]
+        states = averaged.flatten(0, 2).double()
+        share = averaged.shape[1] * (len(self.grouping[group]) if len(sums) == 1 else 1)
+        sums[place if len(sums) > 1 else 0] += states.T @ states / share
 
     def _add_plain_values(self, bare: Tensor) -> None:
         """Moments of u, all tokens alike."""
@@ -264,6 +300,43 @@ class MomentSums:
                 block = second[place if len(second) > 1 else 0, start : start + width, start : start + width]
                 total = total + (metric[head] * block).sum()
         return total
+
+
+def _read(values: Tensor, metric: Tensor) -> Tensor:
+    """Values (rows, 1, j, head_dim) as the costs of W_O^T W_O, (queries, head_dim, head_dim), read them: see `_costs`."""
+    read = values @ metric
+    return torch.cat([read, (read * values).sum(-1, keepdim=True), torch.ones_like(read[..., :1])], -1)
+
+
+def _costs(attention: Tensor, outputs: Tensor, metric: Tensor, read: Tensor) -> Tensor:
+    """W_ij = p_ij^2 |W_O (v_j - o_i)|^2, (rows, queries, i, j), with the squares in one product.
+
+    Args:
+        attention: p, of the same shape.
+        outputs: o, (rows, queries, i, head_dim).
+        metric: W_O^T W_O, (queries, head_dim, head_dim).
+        read: from `_read`, (rows, queries, j, head_dim + 2).
+    """
+    own = ((outputs @ metric) * outputs).sum(-1, keepdim=True)
+    costs = torch.cat([-2 * outputs, torch.ones_like(own), own], -1) @ read.transpose(-1, -2)
+    return costs.clamp_min_(0).mul_(attention).mul_(attention)  # in place: these are large
+
+
+def _add_outer(total: Tensor, queries: Tensor, costs: Tensor, keys: slice, step: int) -> None:
+    """Add sum_i W_ij q_i q_i^T of every `step`-th token j of a row, as far as it is among `keys`.
+
+    Args:
+        total: (every `step`-th token, head_dim, head_dim).
+        queries: (rows, queries, i, head_dim).
+        costs: W of these queries and keys, (rows, queries, i, j).
+        keys: the tokens j of the costs.
+        step: between the tokens.
+    """
+    first, last = -(-keys.start // step), (keys.stop - 1) // step + 1
+    chosen = costs[..., first * step - keys.start :: step]
+    read = queries.flatten(0, 2)  # (rows * queries * i, head_dim)
+    weighted = chosen.permute(3, 0, 1, 2).flatten(1)[None] * read.T[:, None]  # (head_dim, j, rows * queries * i)
+    total[first:last] += (weighted.flatten(0, 1) @ read).view(read.shape[1], -1, read.shape[1]).transpose(0, 1)
 
 
 def _per_square(states: Tensor, norm: Tensor) -> Tensor:

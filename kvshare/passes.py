@@ -1,20 +1,23 @@
 """Hidden states through a decoder layer, batch by batch.
 
-In: a decoder layer, hidden states on the CPU, how the layer is called. Out: hidden states behind it, outputs of its attention.
+In: a decoder layer, hidden states on the CPU, how the layer is called. Out: hidden states behind it, outputs of its attention,
+sums of its moments.
 Never: holds more than a batch on the device, changes a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvshare.activations import LayerCall, batches, run_layer
+from kvshare.activations import LayerCall, attending, batches, enters, run_layer
 from kvshare.families import Family
+from kvshare.merge import AttentionWeights
+from kvshare.moments import MomentSums
 
 
 def attention_of(layer: nn.Module, family: Family) -> nn.Module:
@@ -31,6 +34,75 @@ def advance(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.dev
     """As `passed`, in place."""
     for batch in batches(hidden):
         batch.copy_(run_layer(layer, batch.to(device), call))
+
+
+def add_moments(
+    sums: MomentSums,
+    layer: nn.Module,
+    family: Family,
+    hidden: Tensor,
+    call: LayerCall,
+    device: torch.device,
+    advances: bool = False,
+) -> None:
+    """Add what a layer's attention sees to the sums of its moments.
+
+    Args:
+        sums: of the layer.
+        layer: of the source, on `device`.
+        family: of the layer.
+        hidden: hidden states (rows, length, hidden) on the CPU.
+        call: how the layer is called.
+        device: where it computes.
+        advances: whether hidden states are taken behind the layer, in place, too; what it projects then is not projected again.
+    """
+    attention = attention_of(layer, family)
+    modules = _projections(attention, family, sums.weights) if advances else {}
+    for batch in batches(hidden):
+        states, seen = batch.to(device), dict[str, Tensor]()
+        if advances:
+            with _catching(attention, modules, seen):
+                behind = run_layer(layer, states, call)
+            inputs = seen.pop("inputs")
+        else:
+            inputs = enters(layer, attention, states, call)
+        sums.add(inputs, attending(attention, family, call, sums.weights.rotated, inputs), seen)
+        if advances:
+            batch.copy_(behind)
+
+
+def _projections(attention: nn.Module, family: Family, weights: AttentionWeights) -> dict[str, nn.Module]:
+    """The modules that give what moments are taken of, by part: queries with a bias, keys and values without one. A module that
+    gives more at once, or numbers in another order, is not among them.
+    """
+    modules, found = dict(attention.named_modules()), dict[str, nn.Module]()
+    for part, own in (("q", weights.q), ("k", weights.k), ("v", weights.v)):
+        module = modules.get(getattr(family, part))
+        if type(module) is nn.Linear and own.is_set_to(module.weight.detach()) and (part == "q" or module.bias is None):
+            found[part] = module
+    return found
+
+
+@contextmanager
+def _catching(attention: nn.Module, modules: Mapping[str, nn.Module], seen: dict[str, Tensor]) -> Iterator[None]:
+    """Keep what enters attention, as `inputs`, and what the modules in it give, by their part."""
+
+    def enter(_module: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen["inputs"] = positional[0] if positional else keywords["hidden_states"]
+
+    def keep(part: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def give(_module: nn.Module, _positional: Any, result: Tensor) -> None:
+            seen[part] = result.clone()  # attention may change it in place
+
+        return give
+
+    handles = [attention.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [module.register_forward_hook(keep(part)) for part, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def attend_and_advance(

@@ -30,7 +30,6 @@ from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.mixture import named
 from kvshare.moments import moment_numbers
 from kvshare.parsing import is_file, shown
-from kvshare.passes import advance
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
@@ -179,9 +178,7 @@ def take_moments(
         progress("calibrating layers", index, len(calls))
         assert heads
         layer = read_layer(skeleton, index, device)
-        yield source_moments(layer, plan, call, hidden, heads, device)
-        if index < len(calls) - 1:
-            advance(layer, hidden, call, device)
+        yield source_moments(layer, plan, call, hidden, heads, device, advances=index < len(calls) - 1)
     progress("calibrating layers", len(calls), len(calls))
 
 

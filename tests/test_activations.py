@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from kvshare.families import family_of
 from kvshare.layerwise import read_weights
 from kvshare.layout import paired
 from kvshare.loading import load_native
-from kvshare.passes import attention_of
+from kvshare.moments import MomentSums
+from kvshare.passes import add_moments, attention_of, passed
 from kvshare.runtime.modeling_kvshare import _normed
 
 # ministral3 also scales queries by their position, which is not written out
@@ -60,3 +62,57 @@ def test_attention_written_out_is_the_attention_of_the_module(key: str, source_f
     torch.testing.assert_close(written, paired(given[0], family, w), atol=1e-5, rtol=1e-4)
     if key in ("mistral-window", "starcoder2", "llama-mha"):
         assert int(how.visible.sum(-1).max()) == (24 if key == "llama-mha" else 12)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_moments_are_the_same_in_blocks_and_beside_the_layer_itself(
+    key: str, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_native(source_folder(key), dtype=torch.float32)
+    family = family_of(model.config.model_type)
+    rows = torch.randint(1, 4096, (2, 70), generator=torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    layers = getattr(model.get_decoder(), family.stack)
+    hidden, calls = first_inputs(model, layers, rows, device)
+    layer, call = layers[-1], calls[-1]
+    attention = attention_of(layer, family)
+    w = read_weights(attention, family, 8, rotary_dim(attention, family, call))
+    heads = tuple(range(w.kv_heads))
+    grouping = (heads[:2], heads[2:]) if len(heads) > 2 else (heads,)
+    whole, parts = MomentSums(w, grouping), MomentSums(w, grouping)
+    monkeypatch.setattr("kvshare.moments.BLOCK_TOKENS", 70)
+    add_moments(whole, layer, family, hidden, call, device)
+    behind = passed(layer, hidden, call, device)
+    monkeypatch.setattr("kvshare.moments.BLOCK_TOKENS", 9)
+    add_moments(parts, layer, family, hidden, call, device, advances=True)
+    torch.testing.assert_close(hidden, behind)
+    assert not attention._forward_pre_hooks
+    wanted, found = whole.moments(), parts.moments()
+    for field in ("keys", "values", "key_metric", "value_metric"):
+        for one, other in zip(getattr(found, field), getattr(wanted, field), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=field)
+
+
+@pytest.mark.parametrize(("key", "reused"), [("tiny", "qkv"), ("qwen3", "qkv"), ("qwen2", "q"), ("gpt2", ""), ("phi3", "")])
+def test_what_a_layer_projects_is_used_where_it_is_what_moments_are_taken_of(
+    key: str, reused: str, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_native(source_folder(key), dtype=torch.float32)
+    family = family_of(model.config.model_type)
+    layers = getattr(model.get_decoder(), family.stack)
+    rows = torch.randint(1, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+    hidden, calls = first_inputs(model, layers, rows, torch.device("cpu"))
+    attention = attention_of(layers[0], family)
+    head_dim = 16 if key == "tiny" else 8
+    w = read_weights(attention, family, head_dim, rotary_dim(attention, family, calls[0]))
+    given: list[str] = []
+    add = MomentSums.add
+
+    def watched(self: MomentSums, inputs: torch.Tensor, how: Any, projected: Any = None) -> None:
+        given.extend(projected)
+        add(self, inputs, how, projected)
+
+    monkeypatch.setattr(MomentSums, "add", watched)
+    sums = MomentSums(w, (tuple(range(w.kv_heads)),))
+    add_moments(sums, layers[0], family, hidden, calls[0], torch.device("cpu"), advances=True)
+    assert "".join(sorted(given, key="qkv".index)) == reused

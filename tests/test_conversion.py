@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,34 @@ def test_the_same_command_gives_the_same_bytes(tmp_path: Path, source_folder: Ca
         )
     first, second = ({file.name: sha256(file) for file in (tmp_path / name).iterdir()} for name in ("first", "second"))
     assert first == second
+
+
+def test_what_no_page_cache_holds_is_taken_out_of_it_and_written_the_same(
+    tmp_path: Path, source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, settings = source_folder("qwen2"), {"init": "mean", "heal": False, "eval_mode": "off"}
+    kvshare.convert(source, tmp_path / "a", **settings)  # type: ignore[arg-type]
+    events: list[tuple[str, int]] = []
+    advise, sync = os.posix_fadvise, os.fsync
+
+    def advised(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        events.append(("forgotten", os.fstat(descriptor).st_ino))
+        advise(descriptor, start, size, advice)
+
+    def synced(descriptor: int) -> None:
+        sync(descriptor)
+        events.append(("synced", os.fstat(descriptor).st_ino))
+
+    monkeypatch.setattr("kvshare.merged.fits_page_cache", lambda size: size < (source / "model.safetensors").stat().st_size)
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    monkeypatch.setattr(os, "fsync", synced)
+    kvshare.convert(source, tmp_path / "b", **settings)  # type: ignore[arg-type]
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert [(tmp_path / "a" / name).read_bytes() for name in names] == [(tmp_path / "b" / name).read_bytes() for name in names]
+    read, written = ((folder / "model.safetensors").stat().st_ino for folder in (source, tmp_path / "b"))
+    assert ("forgotten", read) in events
+    assert events.index(("synced", written)) < events.index(("forgotten", written))
 
 
 def test_sharded_sources_give_the_tensors_of_single_files(
