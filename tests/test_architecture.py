@@ -17,7 +17,9 @@ CLI = ROOT.parent / "cli"
 LAYERS = [
     ["errors"],
     ["parsing"],
+    ["runtime"],
     ["sections", "families", "source", "budget", "repeats", "processes"],
+    ["rotated"],
     ["recipe", "mixture", "geometry"],
     ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination", "tied"],
     ["planning", "merge", "data", "native"],
@@ -27,7 +29,7 @@ LAYERS = [
     ["fit"],
     ["layerwise"],
     ["sensitivity", "spectra"],
-    ["checkpoint", "runtime", "findings", "paged"],
+    ["checkpoint", "findings", "paged"],
     ["verification", "plots"],
     ["loading", "exact", "page", "figures", "timing"],
     ["inspection", "statistics", "quantised", "positions", "retrieval", "tasks", "bench_plot"],
