@@ -314,7 +314,7 @@ def _share(hidden: Tensor) -> int:
 
 def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting) -> Moments:
     attention = attention_of(view.layer, view.family)
-    sums = MomentSums(weights, grouping, weighting)
+    sums = MomentSums(weights, grouping, weighting, view.form)
     for batch in batches(view.hidden):
         inputs = enters(view.layer, attention, batch.to(view.device), view.call)
         sums.add(inputs, attending(attention, view.family, view.call, weights.rotated, inputs))

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from kvshare.merge import AttentionWeights, Grouping, Moments
+from kvshare.sections import Form
+from kvshare.turning import TurnSums
 
 CHUNK_NUMBERS = 1 << 24  # attention weights held at one time
 METRIC_TOKENS = 32  # tokens of a row at which Lambda is taken
@@ -88,9 +90,12 @@ class MomentSums:
         weights: the source layer.
         grouping: the source KV heads of each output head.
         weighting: what errors count; without attention, heads share their moments where no norm weighs the tokens.
+        form: `rotated`, where values are to be read from rotated keys: then what rope does to them is looked at, too.
     """
 
-    def __init__(self, weights: AttentionWeights, grouping: Grouping, weighting: Weighting = "attention") -> None:
+    def __init__(
+        self, weights: AttentionWeights, grouping: Grouping, weighting: Weighting = "attention", form: Form = "shared"
+    ) -> None:
         self.weights, self.grouping, self.weighting = weights, grouping, weighting
         self.has_bias = weights.k_bias is not None or weights.v_bias is not None
         width, device = weights.head_dim, weights.q.device
@@ -106,6 +111,7 @@ class MomentSums:
         self.metric = torch.zeros(weights.kv_heads, width, width, dtype=torch.float64, device=device)
         self.weight = torch.zeros(weights.kv_heads, dtype=torch.float64, device=device)
         self.tokens, self.sampled = 0, 0
+        self.turns = TurnSums(weights) if form == "rotated" and weighting == "attention" and weights.rotated else None
 
     @torch.no_grad()
     def add(self, inputs: Tensor, attending: Attending) -> None:
@@ -164,6 +170,8 @@ class MomentSums:
             own = slice(head * served, (head + 1) * served)
             scores = queries[:, own] @ keys[:, head, None].transpose(-1, -2)  # (rows, queries, i, j)
             attention, slope = attending.weights(scores, own)
+            if self.turns is not None:
+                self.turns.add(attention, head, attending.rotate)
             costs = self._costs(attention, values[:, head, None], own)
             if w.key_norm is not None:
                 costs *= relative[:, head, None, None]
@@ -252,7 +260,8 @@ class MomentSums:
         if self.weighting != "attention":
             # errors of scores and of outputs have no common unit: the energies of keys and values are made equal
             metric = metric * (self._energy(value_metric, values, 1) / self._energy(metric, keys, 0).clamp_min(1e-30))
-        return Moments(self.grouping, tuple(keys), tuple(values), metric, value_metric)
+        noise = None if self.turns is None else self.turns.noise()
+        return Moments(self.grouping, tuple(keys), tuple(values), metric, value_metric, noise)
 
     def _energy(self, metric: Tensor, moments: list[Tensor], part: int) -> Tensor:
         """What keys (part 0) or values (part 1) of all heads weigh, without biases."""

@@ -19,7 +19,7 @@ from kvshare.hub import describe
 from kvshare.memory import kept_bytes, peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, one_process_because, require_exact
-from kvshare.rotated import require_rotated, rotated_fields, rotated_reasons
+from kvshare.rotated import require_rotated, rotated_config, rotated_reasons
 from kvshare.sizes import bytes_of, shard_files
 from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
 from kvshare.tied import tied_reasons, tied_recipe
@@ -310,7 +310,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         output_config[family.kv_heads] = heads
     output_config.pop("auto_map", None)
     if recipe.form == "rotated":
-        output_config |= rotated_fields(config)
+        output_config = rotated_config(output_config)
         reasons.extend(rotated_reasons(family.model_type))
     apart = 0  # bytes of layers that keep K and V in two
     for spec in (source.tensors.get(family.weight(layer, "k")) for layer in geometry.apart):

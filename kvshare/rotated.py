@@ -67,12 +67,23 @@ def check_form(form: str, init: str, statistics: str | None, origin: str) -> Non
         )
 
 
-def rotated_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of config.json that say that no native class computes this checkpoint."""
-    return {
+def rotated_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json in the rotated form: no native class must compute it, by whatever of these it is chosen."""
+    from kvshare.runtime.kvshare_rotated import marked
+
+    return marked(config) | {
         "model_type": f"{ROTATED}{config['model_type']}",
         "architectures": [f"{ROTATED_CLASS}{name}" for name in config["architectures"]],
     }
+
+
+def says_rotated(config: dict[str, Any]) -> list[bool]:
+    """Whether model_type and rope of a config are those of the rotated form, one after the other."""
+    ropes = [config[name] for name in ("rope_parameters", "rope_scaling") if isinstance(config.get(name), dict)]
+    return [
+        str(config.get("model_type", "")).startswith(ROTATED),
+        any(str(rope.get("rope_type", "")).startswith(ROTATED) for rope in ropes),
+    ]
 
 
 def rotated_reasons(model_type: str) -> list[str]:
@@ -80,5 +91,5 @@ def rotated_reasons(model_type: str) -> list[str]:
     return [
         "form rotated: rotated keys are cached and are the values, too; each head's output is turned back by the query's rotation. "
         "It is another function than the source's, fitted to it",
-        f"its model_type is {ROTATED}{model_type}: stock transformers asks for trust_remote_code=True, other runtimes refuse it",
+        f"model_type {ROTATED}{model_type}: stock transformers asks for trust_remote_code=True, other runtimes refuse it",
     ]

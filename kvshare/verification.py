@@ -21,6 +21,7 @@ from kvshare.geometry import geometry_of, require_attention
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, repeats_of
+from kvshare.rotated import says_rotated
 from kvshare.runtime import ROTATED
 from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
 
@@ -98,11 +99,11 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpointError(
             f"{checkpoint} has the form {shown(block.get('form'))}", f"there are: {', '.join(FORMS)}", "convert the model again"
         )
-    if (block["form"] == "rotated") != str(config.get("model_type", "")).startswith(ROTATED):
+    if [block["form"] == "rotated"] * 2 != says_rotated(config):
         raise _unusable(
             checkpoint,
-            f"its form is {block['form']} and the model_type {shown(config.get('model_type'))}: that of the rotated form, and of no "
-            f"other, begins with {ROTATED}, so that no native class computes something else of its weights",
+            f"its form is {block['form']}, and the model_type {shown(config.get('model_type'))}: in the rotated form, and in no other, "
+            f"this and the type of rope begin with {ROTATED}, so that no native class computes something else of its weights",
         )
     try:
         layers = _Block.model_validate(block).layers

@@ -5,7 +5,8 @@ Never: searches P, sees weights or activations. Formulas: method.md, sections 1 
 
 Keys are read as B s. Numbers that rope turns may be scaled and turned in pairs alone (complex z), because s is rotated before
 it meets the query: so rotated numbers of a key are read from rotated numbers of s, pair by pair, and the other numbers from the
-others, by any matrix F. Values are not rotated: A reads them from all of s.
+others, by any matrix F. Values are not rotated: A reads them from all of s. Where values are read from rotated numbers, what
+rope does to them between a query and the tokens that it reads is noise of the size of the pair (method.md, rotated form).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class GroupProblem:
     constantly 1 where there are biases; `key_target`, `value_target` (g, D, n): what keys and values are of u;
     `key_metric`, `value_metric` (g, D, D): Lambda (times a) and M. The first `rotary_dim` numbers of a head are rotated in pairs
     (j, j + rotary_dim/2), the others are not. `key_constant`, `value_constant`: whether the output may add a bias of its own.
-    `signs_only` restricts B to a diagonal of +1 and -1, equal within pairs, all that a query norm lets through.
+    `signs_only` restricts B to a diagonal of +1 and -1, equal within pairs, all that a query norm lets through. `value_noise`
+    (g, D) is what rope adds to the variance of each number that values are read from, relative to that of its pair; None: nothing.
     """
 
     keys: Tensor
@@ -41,6 +43,7 @@ class GroupProblem:
     key_constant: bool = False
     value_constant: bool = False
     signs_only: bool = False
+    value_noise: Tensor | None = None
 
     @cached_property
     def key_side(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,13 +120,23 @@ class _Kept:
     """What one side's moments hold of s + constant = kept u.
 
     Shapes: `kept` (D, n); `moved`, kept E[u u^T] (g or 1, D, n); `varied`, the same of P and u without constants
-    (g or 1, D, 2 g D); `noise`, the variance that rounding adds to each number of s (g or 1, D).
+    (g or 1, D, 2 g D); `noise`, the variance that rounding, and rope, add to each number of s (g or 1, D); `turned`, that of rope
+    relative to the pair's (g, D), and `rotary_dim`, how many numbers lie in pairs.
     """
 
     kept: Tensor
     moved: Tensor
     varied: Tensor
     noise: Tensor
+    turned: Tensor | None
+    rotary_dim: int
+
+    def slope(self, gain: Tensor) -> Tensor:
+        """How the cost of noise, the sum of gain (g, D) times noise, grows with P: (D, 2 g D)."""
+        relative = ROUNDING * gain
+        if self.turned is not None:
+            relative = relative + in_pairs(self.turned * gain, self.rotary_dim)
+        return 2 * (relative[..., None] * self.varied).sum(0)
 
     @property
     def second(self) -> Tensor:
@@ -142,7 +155,7 @@ def read_with_slope(
     """`read`, and the gradient of the loss in (P, key constant, value constant), B and A at their optimum; (D, 2 g D + 2)."""
     n = problem.numbers
     keys = _kept(problem, problem.keys, projection, key_constant)
-    values = _kept(problem, problem.values, projection, value_constant)
+    values = _kept(problem, problem.values, projection, value_constant, problem.value_noise)
     key_readers, readers = _key_readers(problem, keys), _value_readers(problem, values)
     slope = projection.new_zeros(problem.width, n + 2)
     loss = 0.0
@@ -157,20 +170,33 @@ def read_with_slope(
         missed = target - (kept.kept if as_it_is else reader @ kept.kept)
         loss += float((weighted * missed).sum()) + float((gain * kept.noise).sum())
         pull = -2 * (weighted if as_it_is else reader.transpose(1, 2) @ weighted).sum(0)  # (D, n)
-        slope[:, :n] += pull[:, :n] + 2 * ROUNDING * (gain[..., None] * kept.varied).sum(0)
+        slope[:, :n] += pull[:, :n] + kept.slope(gain)
         if free:
             slope[:, n + place] = pull[:, n]
     return GroupSolution(projection, key_readers, readers, key_constant, value_constant, loss, problem.energy), slope
 
 
-def _kept(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> _Kept:
+def in_pairs(x: Tensor, rotary_dim: int) -> Tensor:
+    """Both numbers of a rope pair as their mean, (..., D); numbers that are not rotated stay."""
+    half = rotary_dim // 2
+    pairs = (x[..., :half] + x[..., half:rotary_dim]) / 2
+    return torch.cat([pairs, pairs, x[..., rotary_dim:]], -1)
+
+
+def _kept(
+    problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor, turned: Tensor | None = None
+) -> _Kept:
     n = problem.numbers
     kept = projection
     if moments.shape[-1] > n:  # u has a constant entry
         kept = torch.cat([projection, constant[:, None]], dim=1)
     moved = kept @ moments
     varied = moved[..., :n] - constant[:, None] * moments[:, n:, :n] if moments.shape[-1] > n else moved
-    return _Kept(kept, moved, varied, ROUNDING * (varied * projection).sum(-1))
+    energy = (varied * projection).sum(-1)
+    noise = ROUNDING * energy
+    if turned is not None:
+        noise = noise + turned * in_pairs(energy, problem.rotary_dim)
+    return _Kept(kept, moved, varied, noise, turned, problem.rotary_dim)
 
 
 def value_gain(problem: GroupProblem, readers: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ In: a checkpoint whose `kvshare` block names the form `rotated`. Out: a model of
 
     s_j = norm(W x_j + b)        cached: R(j) s_j        o_i = R(i)^-1 sum_j p_ij R(j) s_j = sum_j p_ij R(j - i) s_j
 
-Its `model_type` is none that transformers knows, so whatever does not run this file refuses the checkpoint instead of computing
-something else. Never: imports kvshare, makes keys anew on a read.
+Its `model_type`, its `architectures` and the type of its rope are none that others know, so whatever does not run this file refuses
+the checkpoint instead of computing something else. Never: imports kvshare, makes keys anew on a read.
 
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
@@ -48,23 +48,37 @@ from .modeling_kvshare import (
     shared_class,
 )
 
-PREFIX, NAME = "kvshare_rotated_", "KVShareRotated"  # of model types, and of the names of classes
+PREFIX, NAME = "kvshare_rotated_", "KVShareRotated"  # of model types and types of rope, and of the names of classes
+ROPES = ("rope_parameters", "rope_scaling")  # where configs say what rope they mean
 PLAIN_ROPES = ("default", "linear", "llama3")  # whose cosines and sines are of length one
 KNOWN_ROPES = (*PLAIN_ROPES, "yarn")  # whose frequencies do not change with the length of the text
 
 
 def rope_type(config: Any) -> str:
-    """What kind of rope a config asks for; `default` where it says nothing.
+    """What kind of rope a config asks for; `default` where it says nothing, `several` where layers differ.
 
     Args:
         config: a transformers config, or the content of config.json.
     """
     values = config if isinstance(config, dict) else vars(config)
-    for name in ("rope_parameters", "rope_scaling"):
-        asked = values.get(name)
-        if isinstance(asked, dict):
-            return str(asked.get("rope_type", asked.get("type", "default")))
-    return "default"
+    asked = next((values[name] for name in ROPES if isinstance(values.get(name), dict)), {})
+    if any(isinstance(value, dict) for value in asked.values()):
+        return "several"
+    return str(asked.get("rope_type", asked.get("type", "default")))
+
+
+def marked(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json with a type of rope that no native class computes; the rest of it as it is."""
+    name = next((name for name in ROPES if isinstance(config.get(name), dict)), ROPES[0])
+    rope = {key: value for key, value in (config.get(name) or {}).items() if key != "type"}
+    return config | {name: rope | {"rope_type": PREFIX + rope_type(config).removeprefix(PREFIX)}}
+
+
+def unmarked(rope: Any) -> Any:
+    """The rope of a config whose type `marked` has changed, as the native class knows it."""
+    if not isinstance(rope, dict) or "rope_type" not in rope:
+        return rope
+    return rope | {"rope_type": str(rope["rope_type"]).removeprefix(PREFIX)}
 
 
 def turning_back(tables: Rotary, plain: bool) -> Rotary:
@@ -229,7 +243,21 @@ def _rotate(model: Any) -> None:
 @functools.cache
 def rotated_config(native: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of the rotated form of a family: that of the family under another `model_type`."""
-    members = {"model_type": f"{PREFIX}{native.model_type}", "__module__": __name__, "__doc__": f"{native.__name__}, rotated form."}
+
+    def complete(self: Any, **kwargs: Any) -> None:
+        self.rope_parameters = unmarked(vars(self).get(ROPES[0]))
+        native.__post_init__(self, **{name: unmarked(value) if name in ROPES else value for name, value in kwargs.items()})
+
+    def to_dict(self: Any) -> dict[str, Any]:
+        return marked(native.to_dict(self))
+
+    members = {
+        "model_type": f"{PREFIX}{native.model_type}",
+        "__post_init__": complete,
+        "to_dict": to_dict,
+        "__module__": __name__,
+        "__doc__": f"{native.__name__} of the rotated form.",
+    }
     return type(f"{NAME}{native.__name__}", (native,), members)
 
 

@@ -1,0 +1,389 @@
+"""The rotated form: it computes what its definition says, in every mode, and nothing else takes its checkpoints for its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import QUICK, SMALL, TEXT, TINY_FOLDER, edit_json, random_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache
+
+import kvshare
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.families import FAMILIES
+from kvshare.loading import load_native
+from kvshare.planning import make_plan
+from kvshare.recipe import load_recipe
+from kvshare.rotated import says_rotated
+from kvshare.runtime import ROTATED, ROTATED_CLASS, kvshare_rotated
+from kvshare.runtime.kvshare_rotated import marked, rope_type, rotated_class, rotated_config, unmarked
+from kvshare.runtime.reference import rotated_attention
+from kvshare.source import open_source
+from kvshare.verification import verify_form
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+# one small model of every family of this form, with what is special about it
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma": ("gemma", {"num_key_value_heads": 1}),
+    "granite": ("granite", {"attention_multiplier": 0.2, "residual_multiplier": 0.4}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
+    "starcoder2": ("starcoder2", {"sliding_window": 12}),
+    "arcee": ("arcee", {}),
+    "seed_oss": ("seed_oss", {"attention_bias": True}),
+    "cohere": ("cohere", {}),
+    "glm": ("glm", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
+    "phi": ("phi", {"partial_rotary_factor": 0.5}),
+}
+INTERLEAVED = ("cohere", "glm")
+IDS = torch.tensor(AutoTokenizer.from_pretrained(TINY_FOLDER)(TEXT[0])["input_ids"])[None]
+SETTINGS: dict[str, Any] = {"max_new_tokens": 16, "pad_token_id": 0, "return_dict_in_generate": True}
+
+
+def test_every_family_of_the_form_is_tried() -> None:
+    assert {model_type for model_type, _ in KINDS.values()} == {name for name, family in FAMILIES.items() if family.rotated_form}
+    assert (kvshare_rotated.PREFIX, kvshare_rotated.NAME) == (ROTATED, ROTATED_CLASS)
+
+
+@pytest.fixture(scope="module")
+def model_of(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str], Any]:
+    """A model of random weights in rotated form, float32, by its key in KINDS."""
+
+    def get(key: str) -> Any:
+        model_type, fields = KINDS[key]
+        source = once(f"rotated-{key}", lambda folder: random_model(folder, model_type, **SMALL | fields))
+        native = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        block = {"form": "rotated", "layers": [0, 1]}
+        config = rotated_config(type(native.config)).from_dict(native.config.to_dict() | {"kvshare": block})
+        model = rotated_class(type(native))(config).eval()
+        model.load_state_dict(native.state_dict(), strict=False)
+        return model
+
+    return get
+
+
+def in_halves(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The first numbers of each head, whose rope pairs lie side by side, as pairs that lie half of them apart."""
+    return torch.cat([x[..., :width:2], x[..., 1:width:2], x[..., width:]], -1)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("key", KINDS)
+def test_attention_is_what_the_form_says(model_of: Callable[[str], Any], key: str, layer: int) -> None:
+    model = model_of(key)
+    attention, decoder = model.model.layers[layer].self_attn, model.model
+    seen: dict[str, Any] = {}
+    output = next(getattr(attention, name) for name in ("o_proj", "dense") if hasattr(attention, name))
+    handles = [
+        attention.register_forward_pre_hook(lambda _, args, given: seen.update(given, args=args), with_kwargs=True),
+        output.register_forward_pre_hook(lambda _, args: seen.update(heads=args[0])),
+    ]
+    with torch.no_grad():
+        model(IDS, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    hidden = seen["args"][0] if seen["args"] else seen["hidden_states"]
+    tokens, width = hidden.shape[1], 2 * len(decoder.rotary_emb.inv_freq) if attention.kvshare_rotates else 0
+
+    def heads(projection: Any, norm: Any) -> torch.Tensor:
+        states = torch.nn.functional.linear(hidden, projection.weight, projection.bias).unflatten(-1, (-1, attention.head_dim))
+        return (states if norm is None else norm(states)).transpose(1, 2)
+
+    query = heads(attention.q_proj, getattr(attention, "q_norm", None))
+    shared = heads(attention.k_proj, getattr(attention, "k_norm", None))
+    bias = attention.v_proj.bias.view(-1, attention.head_dim) if hasattr(attention, "v_proj") else None
+    got = seen["heads"].view(1, tokens, -1, attention.head_dim)
+    if key in INTERLEAVED:
+        query, shared, got = (in_halves(x, width) for x in (query, shared, got))
+        bias = None if bias is None else in_halves(bias, width)
+    angles = torch.arange(tokens).double()[None, :, None] * decoder.rotary_emb.inv_freq.double()[: width // 2]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    if model.config.model_type.endswith(("mistral", "starcoder2")):
+        causal = causal.triu(-11)
+    wanted = rotated_attention(
+        query,
+        shared,
+        angles,
+        angles,
+        scaling=attention.scaling,
+        rope_scale=decoder.rotary_emb.attention_scaling if width else 1.0,
+        mask=causal[None, None],
+        value_bias=bias,
+    )
+    torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=1e-4)
+    assert float((wanted - got.double().roll(1, 1)).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("key", KINDS)
+def test_a_cache_in_parts_gives_the_logits_of_one_forward(
+    model_of: Callable[[str], Any], key: str, size: int, implementation: str
+) -> None:
+    model = model_of(key)
+    model.set_attn_implementation(implementation)
+    with torch.no_grad():
+        whole = model(IDS, use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split(size, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
+    assert all(layer.values.numel() == 0 and layer.keys.numel() for layer in cache.layers)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True},
+    "beam": {"do_sample": False, "num_beams": 3},
+    "static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    "chunked prefill": {"do_sample": False, "prefill_chunk_size": 5},
+    "chunked prefill into a static cache": {
+        "do_sample": False,
+        "prefill_chunk_size": 5,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    },
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("key", ["llama-bias", "mistral", "qwen3", "smollm3"])
+def test_generation_gives_the_tokens_of_whole_forwards(model_of: Callable[[str], Any], key: str, mode: str) -> None:
+    """Of prompts of different length, padded on the left, with any cache; without one, everything is computed anew every time."""
+    model = model_of(key)
+    inputs = {
+        "input_ids": torch.cat([IDS[:, :14], torch.cat([torch.zeros_like(IDS[:, :4]), IDS[:, 3:13]], 1)]),
+        "attention_mask": torch.ones(2, 14, dtype=torch.long),
+    }
+    inputs["attention_mask"][1, :4] = 0
+    plain = {name: MODES[mode][name] for name in ("do_sample", "num_beams") if name in MODES[mode]}
+    torch.manual_seed(5)
+    wanted = model.generate(**inputs, use_cache=False, **plain, **SETTINGS).sequences
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(**inputs, **MODES[mode], **SETTINGS).sequences, wanted)
+
+
+def test_other_caches_and_bits(model_of: Callable[[str], Any]) -> None:
+    model = model_of("llama")
+    wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences
+    cache = DynamicCache(config=model.config)
+    first = model.generate(IDS[:, :9], past_key_values=cache, do_sample=False, **SETTINGS).sequences
+    assert first.shape[1] == 25
+    again = torch.cat([first, IDS[:, 9:]], 1)
+    continued = model.generate(again, past_key_values=cache, do_sample=False, **SETTINGS).sequences
+    assert torch.equal(continued, model.generate(again, use_cache=False, do_sample=False, **SETTINGS).sequences)
+    with pytest.raises(ValueError, match="holds values"):
+        filled = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**model.config.to_dict() | {"rope_parameters": None}))
+        model(IDS, past_key_values=filled(IDS, use_cache=True).past_key_values)
+    for layer in model.model.layers:
+        layer.self_attn.kvshare_bits = 8
+    model.model.kvshare_bits = 8
+    run = model.generate(IDS, do_sample=False, **SETTINGS)
+    assert torch.equal(run.sequences[:, : IDS.shape[1] + 1], wanted[:, : IDS.shape[1] + 1])
+    assert {layer.keys.dtype for layer in run.past_key_values.layers} == {torch.int8}
+
+
+@pytest.mark.parametrize("key", ["llama", "qwen2", "smollm3"])
+def test_without_positions_it_is_the_shared_form(model_of: Callable[[str], Any], key: str) -> None:
+    """With all tokens at one position nothing turns, and keys are values; a bias of keys is in the values of this form alone."""
+    from kvshare.runtime.modeling_kvshare import shared_class
+
+    model = model_of(key)
+    native = rotated_class.__wrapped__ and getattr(transformers, type(model).__name__.removeprefix(ROTATED_CLASS))
+    config = native.config_class.from_dict(model.config.to_dict() | {"rope_parameters": dict(model.config.rope_parameters)})
+    config.kvshare = {"form": "shared", "layers": [0, 1]}
+    shared = shared_class(native)(config).eval()
+    shared.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for one in (model, shared):
+            for layer in one.model.layers:
+                if layer.self_attn.k_proj.bias is not None:
+                    layer.self_attn.k_proj.bias.zero_()
+        zeros = torch.zeros_like(IDS)
+        got, wanted = (one(IDS, position_ids=zeros, use_cache=False).logits for one in (model, shared))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(*(one(IDS, use_cache=False).logits for one in (model, shared)), atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_of_the_shared_form_decodes_it(
+    model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = model_of("qwen3").to(dtype)
+    ids = IDS.repeat(1, 10)[:, :300]
+    results = {}
+    for backend in ("eager", "compiled"):
+        monkeypatch.setenv("KVSHARE_ATTENTION", backend)
+        with torch.inference_mode():
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            results[backend] = model(ids[:, -1:], past_key_values=cache).logits
+        assert model.model.kvshare_choice.backend == backend, model.model.kvshare_choice.reason
+    close = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    torch.testing.assert_close(results["compiled"], results["eager"], atol=close, rtol=close)
+
+
+@pytest.mark.parametrize(("key", "kv_heads"), [("llama-gqa", 2), ("qwen3", "all"), ("qwen2", "all"), ("tiny", 4)])
+@pytest.mark.parametrize("init", ["mean", "svd"])
+def test_a_conversion_is_a_checkpoint(
+    converted_folder: Callable[..., Path], key: str, kv_heads: int | str, init: str, tmp_path: Path
+) -> None:
+    folder = converted_folder(key, kv_heads, init, "rotated")
+    assert kvshare.verify(folder).form == "rotated"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["kvshare"]["form"] == "rotated"
+    assert says_rotated(config) == [True, True]
+    assert json.loads((folder / "report.json").read_text())["cache_reduction"] >= 0.5
+    model = kvshare.load(folder, dtype=torch.float32)
+    assert not any(name.endswith("v_proj.weight") for name, _ in model.named_parameters())
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    model.save_pretrained(tmp_path / "again")
+    assert verify_form(tmp_path / "again") == len(model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(kvshare.load(tmp_path / "again", dtype=torch.float32)(IDS).logits, wanted)
+
+
+REMOTE = """
+import sys
+sys.modules["kvshare"] = None  # as on a machine where it is not installed: importing it fails
+import json, torch, transformers
+from transformers import AutoModelForCausalLM
+transformers.utils.logging.disable_progress_bar()
+folder, ids = sys.argv[1], torch.tensor([json.loads(sys.argv[2])])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+run = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+model.save_pretrained(sys.argv[3])
+again = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True, dtype=torch.float32).eval()
+assert torch.equal(again.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0), run)
+print(json.dumps([run.tolist(), type(model).__module__]))
+"""
+
+
+def test_remote_code_without_kvshare(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = converted_folder("qwen2", "all", "svd", "rotated")
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(folder), json.dumps(IDS[0].tolist()), str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
+    )
+    tokens, module = json.loads(done.stdout.splitlines()[-1])
+    assert module.startswith("transformers_modules")
+    mine = kvshare.load(folder, dtype=torch.float32)
+    assert mine.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0).tolist() == tokens
+
+
+def test_stock_transformers_refuses_it(converted_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(converted_folder("llama-gqa", 2, "mean", "rotated"), tmp_path / "copy"))
+    for loader in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            loader.from_pretrained(folder, trust_remote_code=False)
+    with pytest.raises(KeyError, match="kvshare_rotated_default"):  # a native class, named by hand
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+    edit_json(folder / "config.json", lambda config: config.pop("auto_map"))
+    with pytest.raises(ValueError, match="kvshare_rotated_llama"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    with pytest.raises(UnsupportedModelError, match="no native form"):
+        load_native(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(model_type="llama"),
+        lambda config: config.update(rope_parameters=unmarked(config["rope_parameters"])),
+        lambda config: config["kvshare"].update(form="shared"),
+    ],
+)
+def test_a_config_that_a_native_class_would_take_is_refused(
+    converted_folder: Callable[..., Path], tmp_path: Path, change: Callable[[Any], Any]
+) -> None:
+    folder = Path(shutil.copytree(converted_folder("llama-gqa", 2, "mean", "rotated"), tmp_path / "copy"))
+    edit_json(folder / "config.json", change)
+    with pytest.raises(BadCheckpointError, match="rotated"):
+        kvshare.load(folder)
+
+
+def test_ropes_by_config() -> None:
+    assert rope_type({}) == "default"
+    assert rope_type({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}) == "linear"
+    assert rope_type({"rope_parameters": {"full_attention": {"rope_type": "default"}}}) == "several"
+    old = {"rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert marked(old) == {"rope_theta": 5.0, "rope_scaling": {"factor": 2.0, "rope_type": "kvshare_rotated_linear"}}
+    assert marked(marked(old)) == marked(old)
+    assert unmarked(marked(old)["rope_scaling"]) == {"factor": 2.0, "rope_type": "linear"}
+    config = rotated_config(transformers.LlamaConfig).from_dict(marked(old))
+    assert config.rope_parameters == {"factor": 2.0, "rope_type": "linear", "rope_theta": 5.0}
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_ropes_that_change_with_the_length_are_refused(tmp_path: Path, rope: str) -> None:
+    parameters: dict[str, Any] = {"rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    source = open_source(random_model(tmp_path / "source", "llama", **SMALL, rope_parameters=parameters))
+    with pytest.raises(UnsupportedModelError, match=f"type {rope}"):
+        make_plan(source, QUICK.model_copy(update={"form": "rotated"}))
+
+
+def test_what_cannot_be_in_this_form_is_refused(source_folder: Callable[[str], Path], text_file: str) -> None:
+    for key in ("gpt2", "phi3", "qwen2_moe", "olmo2", "gemma4_text"):
+        with pytest.raises(UnsupportedModelError, match="no rotated form"):
+            kvshare.plan(source_folder(key), form="rotated")
+    with pytest.raises(UsageError, match="init exact"):
+        load_recipe(None, form="rotated", init="exact")
+    with pytest.raises(UsageError, match="statistics"):
+        load_recipe(None, form="rotated", calibration__statistics="folder")
+    with pytest.raises(UsageError, match="form"):
+        load_recipe(None, form="turned")
+
+
+def test_healing_and_what_it_writes(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], own_text: tuple[str, str], tmp_path: Path
+) -> None:
+    """A short healing brings a rotated checkpoint nearer to its source, in the same form."""
+    before = converted_folder("tiny", "all", "svd", "rotated")
+    kvshare.heal(before, tmp_path / "healed", source_folder("tiny"), own_text[0], tokens=16_384, recipe=QUICK)
+    assert kvshare.verify(tmp_path / "healed").form == "rotated"
+    first, then = kvshare.evaluate([before, tmp_path / "healed"], source_folder("tiny"), own_text[1], tokens=4096)
+    assert then.kl < 0.8 * first.kl
+
+
+def test_the_fit_learns_this_form(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple[str, str]) -> None:
+    recipe = load_recipe(QUICK, init="learned", form="rotated", fit__steps=60, fit__batch_tokens=512)
+
+    def make(folder: Path) -> None:
+        text = {"calibration": own_text[0], "calibration_tokens": 8192, "eval_data": own_text[1], "eval_tokens": 1024}
+        kvshare.convert(TINY_FOLDER, folder, recipe=recipe, **text)
+
+    report = json.loads((once("rotated-learned", make) / "report.json").read_text())
+    fits = [layer["fit"] for layer in report["layers"]]
+    assert all(fit["held_out_after"] < 0.8 * fit["held_out_before"] for fit in fits)
+
+
+def test_a_quantised_cache_of_transformers(model_of: Callable[[str], Any]) -> None:
+    pytest.importorskip("hqq")
+    model = model_of("llama")
+    cache = QuantizedCache("hqq", model.config, nbits=8)
+    assert model.generate(IDS, past_key_values=cache, do_sample=False, **SETTINGS).sequences.shape[1] == IDS.shape[1] + 16
+
+
+def test_the_plan_says_what_the_form_means(run: Callable[..., Any]) -> None:
+    done = run("plan", "kvshare/tiny", "--form", "rotated", "--no-heal")
+    assert done.code == 0
+    assert "another function" in done.out
+    assert "trust_remote_code" in done.out
