@@ -27,7 +27,7 @@ class Recipe(Section):
 
     init: Literal["mean", "svd", "learned", "exact"] = "svd"
     form: Form = "shared"
-    """What the cache holds: `shared`, keys before rope, the source's own function; `rotated`, keys behind rope, another function."""
+    """What the cache holds: `shared`, keys before rope, the family's function; `rotated`, keys behind rope, another one."""
     kv_heads: KVHeads = "all"
     """KV heads of the output: a number, a fraction of the source's (`1/4`) or `all` (as many as the source has)."""
     cache_budget: Fraction | None = None

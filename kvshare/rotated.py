@@ -55,7 +55,7 @@ def check_form(form: str, init: str, statistics: str | None, origin: str) -> Non
     if init == "exact":
         raise UsageError(
             f"{origin} has form rotated with init exact",
-            "the exact form makes values of the keys by an inverse, in the rotated form they are the keys: no weight would stay right",
+            "the exact form makes values of keys by an inverse, in the rotated form they are the keys: no weight would stay right",
             "leave one of them out; init svd or learned makes weights for the rotated form",
         )
     if statistics is not None:

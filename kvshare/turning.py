@@ -3,9 +3,9 @@
 In: the attention weights of one layer, how it rotates. Out: for each number of a head, noise relative to its pair's own variance.
 Never: sees keys or values, keeps anything but sums.
 
-In the rotated form a query i reads s_j turned by the angle (j - i) w_m of each rope pair m. Let r_m be the mean of exp(i (j - i) w_m)
-over queries and tokens, weighted by p_ij^2, which is what independent tokens contribute to the variance of an average over p. Of the
-variance of a pair, |r_m|^2 is left as signal, that a linear reader can use, and 1 - |r_m|^2 is spread over all directions.
+In the rotated form a query i reads s_j turned by the angle (j - i) w_m of each rope pair m. Let r_m be the mean of the turn
+exp(sqrt(-1) (j - i) w_m) over queries and tokens, weighted by p_ij^2, which is what independent tokens add to the variance of an
+average over p. Of a pair's variance, |r_m|^2 is left as signal that a linear reader can use; 1 - |r_m|^2 goes in all directions.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TurnSums:
         self.total[head] += squares.sum((0, 2, 3)).double()
 
     def noise(self) -> Tensor:
-        """What each number of a head has of noise, relative to the signal of its pair: (1 - |r|^2) / |r|^2, (kv heads, head_dim)."""
+        """Noise of each number of a head, relative to the signal of its pair: (1 - |r|^2) / |r|^2, (kv heads, head_dim)."""
         left = (self.sums / self.total.clamp_min(1e-30)[..., None]).abs().square().mean(1)  # (kv heads, pairs)
         noise = ((1 - left).clamp_min(0) / left.clamp_min(1 / MOST_NOISE)).clamp(max=MOST_NOISE)
         rest = noise.new_zeros(self.heads, self.width - self.rotary_dim)

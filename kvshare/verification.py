@@ -102,7 +102,7 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
     if [block["form"] == "rotated"] * 2 != says_rotated(config):
         raise _unusable(
             checkpoint,
-            f"its form is {block['form']}, and the model_type {shown(config.get('model_type'))}: in the rotated form, and in no other, "
+            f"its form is {block['form']}, and the model_type {shown(config.get('model_type'))}: in rotated form, and no other, "
             f"this and the type of rope begin with {ROTATED}, so that no native class computes something else of its weights",
         )
     try:
@@ -122,8 +122,8 @@ def _unusable(checkpoint: Path, why: str) -> BadCheckpointError:
 
 
 def verify_form(checkpoint: Path) -> int:
-    """Check that the weights of K and V of every layer are equal bit for bit (forms `shared` and `rotated`) or square (`exact`), and that a
-    layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
+    """Check that the weights of K and V of every layer are equal bit for bit (forms `shared` and `rotated`) or square (`exact`),
+    and that a layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
 
     Raises:
         BadCheckpointError: they do not fit, one is missing, or heads are not repeated as the kvshare block says.

@@ -11,7 +11,7 @@ rope does to them between a query and the tokens that it reads is noise of the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -120,23 +120,13 @@ class _Kept:
     """What one side's moments hold of s + constant = kept u.
 
     Shapes: `kept` (D, n); `moved`, kept E[u u^T] (g or 1, D, n); `varied`, the same of P and u without constants
-    (g or 1, D, 2 g D); `noise`, the variance that rounding, and rope, add to each number of s (g or 1, D); `turned`, that of rope
-    relative to the pair's (g, D), and `rotary_dim`, how many numbers lie in pairs.
+    (g or 1, D, 2 g D); `noise`, the variance that rounding, and rope, add to each number of s (g or 1, D).
     """
 
     kept: Tensor
     moved: Tensor
     varied: Tensor
     noise: Tensor
-    turned: Tensor | None
-    rotary_dim: int
-
-    def slope(self, gain: Tensor) -> Tensor:
-        """How the cost of noise, the sum of gain (g, D) times noise, grows with P: (D, 2 g D)."""
-        relative = ROUNDING * gain
-        if self.turned is not None:
-            relative = relative + in_pairs(self.turned * gain, self.rotary_dim)
-        return 2 * (relative[..., None] * self.varied).sum(0)
 
     @property
     def second(self) -> Tensor:
@@ -155,7 +145,13 @@ def read_with_slope(
     """`read`, and the gradient of the loss in (P, key constant, value constant), B and A at their optimum; (D, 2 g D + 2)."""
     n = problem.numbers
     keys = _kept(problem, problem.keys, projection, key_constant)
-    values = _kept(problem, problem.values, projection, value_constant, problem.value_noise)
+    values = _kept(problem, problem.values, projection, value_constant)
+    reach: Tensor | None = None
+    if problem.value_noise is not None:  # what rope turns is the key with its bias
+        whole = _with_constant(problem, problem.values, projection, key_constant)
+        reach = whole @ problem.values
+        noise = problem.value_noise * in_pairs((reach * whole).sum(-1), problem.rotary_dim)
+        values = replace(values, noise=values.noise + noise)
     key_readers, readers = _key_readers(problem, keys), _value_readers(problem, values)
     slope = projection.new_zeros(problem.width, n + 2)
     loss = 0.0
@@ -170,9 +166,14 @@ def read_with_slope(
         missed = target - (kept.kept if as_it_is else reader @ kept.kept)
         loss += float((weighted * missed).sum()) + float((gain * kept.noise).sum())
         pull = -2 * (weighted if as_it_is else reader.transpose(1, 2) @ weighted).sum(0)  # (D, n)
-        slope[:, :n] += pull[:, :n] + kept.slope(gain)
+        slope[:, :n] += pull[:, :n] + 2 * ROUNDING * (gain[..., None] * kept.varied).sum(0)
+        if place and reach is not None and problem.value_noise is not None:
+            turned = in_pairs(problem.value_noise * gain, problem.rotary_dim)
+            slope[:, :n] += 2 * (turned[..., None] * reach[..., :n]).sum(0)
+            if problem.key_constant:
+                slope[:, n] += 2 * (turned * reach[..., n]).sum(0)
         if free:
-            slope[:, n + place] = pull[:, n]
+            slope[:, n + place] += pull[:, n]
     return GroupSolution(projection, key_readers, readers, key_constant, value_constant, loss, problem.energy), slope
 
 
@@ -183,20 +184,17 @@ def in_pairs(x: Tensor, rotary_dim: int) -> Tensor:
     return torch.cat([pairs, pairs, x[..., rotary_dim:]], -1)
 
 
-def _kept(
-    problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor, turned: Tensor | None = None
-) -> _Kept:
+def _with_constant(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> Tensor:
+    """P with a column for the constant entry of u, where there is one."""
+    return torch.cat([projection, constant[:, None]], dim=1) if moments.shape[-1] > problem.numbers else projection
+
+
+def _kept(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> _Kept:
     n = problem.numbers
-    kept = projection
-    if moments.shape[-1] > n:  # u has a constant entry
-        kept = torch.cat([projection, constant[:, None]], dim=1)
+    kept = _with_constant(problem, moments, projection, constant)
     moved = kept @ moments
     varied = moved[..., :n] - constant[:, None] * moments[:, n:, :n] if moments.shape[-1] > n else moved
-    energy = (varied * projection).sum(-1)
-    noise = ROUNDING * energy
-    if turned is not None:
-        noise = noise + turned * in_pairs(energy, problem.rotary_dim)
-    return _Kept(kept, moved, varied, noise, turned, problem.rotary_dim)
+    return _Kept(kept, moved, varied, ROUNDING * (varied * projection).sum(-1))
 
 
 def value_gain(problem: GroupProblem, readers: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ head's output: attention weights sum to one. Numbers that rope does not turn, an
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 from typing import Any
 
@@ -61,7 +60,7 @@ def rope_type(config: Any) -> str:
         config: a transformers config, or the content of config.json.
     """
     values = config if isinstance(config, dict) else vars(config)
-    asked = next((values[name] for name in ROPES if isinstance(values.get(name), dict)), {})
+    asked: Any = next((values[name] for name in ROPES if isinstance(values.get(name), dict)), {})
     if any(isinstance(value, dict) for value in asked.values()):
         return "several"
     return str(asked.get("rope_type", asked.get("type", "default")))
@@ -184,9 +183,7 @@ def rotate_attention(attention: Any, repeat: int = 1, bits: int | None = None) -
 def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The rotated form of a decoder: it chooses once per forward what attends to the cache."""
 
-    def forward(
-        self: Any, input_ids: Any = None, *, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -267,6 +264,7 @@ def rotated_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     the native one.
     """
     shared: Any = shared_class(native)
+    config: Any = native.config_class
 
     def initialise(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
@@ -279,7 +277,7 @@ def rotated_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     members = {
         "__init__": initialise,
         "save_pretrained": save_pretrained,
-        "config_class": rotated_config(native.config_class),
+        "config_class": rotated_config(config),
         "__module__": __name__,
         "__doc__": f"{native.__name__} whose cache holds rotated keys, which are its values, too.",
     }
@@ -288,9 +286,9 @@ def rotated_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def __getattr__(name: str) -> Any:
     """The rotated form of any native config or causal language model class: `KVShareRotatedLlamaConfig`."""
-    native = getattr(transformers, name.removeprefix(NAME), None) if name.startswith(NAME) else None
-    if inspect.isclass(native) and name.endswith("Config"):
+    native: Any = getattr(transformers, name.removeprefix(NAME), None) if name.startswith(NAME) else None
+    if native is not None and name.endswith("Config"):
         return rotated_config(native)
-    if inspect.isclass(native) and name.endswith("ForCausalLM"):
+    if native is not None and name.endswith("ForCausalLM"):
         return rotated_class(native)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
