@@ -263,21 +263,15 @@ def rotated_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The rotated form of a causal language model class, under a name of its own: what reads `architectures` must not take it for
     the native one.
     """
-    shared: Any = shared_class(native)
-    config: Any = native.config_class
+    shared: Any = shared_class(native)  # type: ignore[arg-type]
 
     def initialise(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         native.__init__(self, config, *args, **kwargs)
         _rotate(self)
 
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
-        """Write the checkpoint with the tensors of the native class, and the files that its config names."""
-        shared.save_pretrained(self, save_directory, **kwargs)
-
     members = {
         "__init__": initialise,
-        "save_pretrained": save_pretrained,
-        "config_class": rotated_config(config),
+        "config_class": rotated_config(native.config_class),
         "__module__": __name__,
         "__doc__": f"{native.__name__} whose cache holds rotated keys, which are its values, too.",
     }
