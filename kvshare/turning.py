@@ -17,6 +17,9 @@ from torch import Tensor
 
 from kvshare.merge import AttentionWeights
 
+# What the noise counts. By itself it would be 1; but pairs that turn alike are not independent, and part of it is a mean that readers
+# know. Chosen on books that were not calibrated on: perplexity +5.2 % at 0.12, +4.6 % at 0.4, +5.0 % at 1, +24 % without.
+COUNTS = 0.4
 MOST_NOISE = 1e3  # relative to the signal: pairs that turn so fast carry nothing, and more would only disturb the search
 
 
@@ -53,8 +56,8 @@ class TurnSums:
         self.total[head] += squares.sum((0, 2, 3)).double()
 
     def noise(self) -> Tensor:
-        """Noise of each number of a head, relative to the signal of its pair: (1 - |r|^2) / |r|^2, (kv heads, head_dim)."""
+        """Noise of each number of a head, relative to the signal of its pair: COUNTS (1 - |r|^2) / |r|^2, (kv heads, head_dim)."""
         left = (self.sums / self.total.clamp_min(1e-30)[..., None]).abs().square().mean(1)  # (kv heads, pairs)
-        noise = ((1 - left).clamp_min(0) / left.clamp_min(1 / MOST_NOISE)).clamp(max=MOST_NOISE)
+        noise = COUNTS * ((1 - left).clamp_min(0) / left.clamp_min(1 / MOST_NOISE)).clamp(max=MOST_NOISE)
         rest = noise.new_zeros(self.heads, self.width - self.rotary_dim)
         return torch.cat([noise, noise, rest], -1)
