@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import QUICK, SMALL, TEXT, TINY_FOLDER, edit_json, random_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from conftest import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, random_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 import kvshare
 from kvshare.activations import LayerCall
@@ -25,6 +25,7 @@ from kvshare.layerwise import read_weights
 from kvshare.loading import load_native
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
+from kvshare.paged import shared_pages
 from kvshare.passes import with_weights
 from kvshare.planning import make_plan
 from kvshare.recipe import load_recipe
@@ -442,3 +443,35 @@ def test_the_closed_form_of_this_form_loses_less_in_it(once: Callable[[str, Call
 
 def convert_rotated(source: Path, folder: Path, text: dict[str, Any]) -> None:
     kvshare.convert(source, folder, recipe=QUICK, form="rotated", **text)
+
+
+def test_layers_of_all_forms(text_file: str, tmp_path: Path) -> None:
+    """Untouched layers, layers that share all heads and layers with fewer: what is cached of each, and the same tokens."""
+    source = random_model(tmp_path / "source", "qwen2", **SMALL | {"num_hidden_layers": 3})
+    convert_layers(source, tmp_path / "out", (None, 2, 1), text_file, form="rotated")
+    assert kvshare.verify(tmp_path / "out").layers == 2
+    model = kvshare.load(tmp_path / "out", dtype=torch.float32)
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in model.model.layers] == [16, 16, 8]
+    got = model.generate(IDS, do_sample=False, **SETTINGS)
+    assert torch.equal(got.sequences, model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences)
+    numbers = [layer.keys.numel() + layer.values.numel() for layer in got.past_key_values.layers]
+    assert numbers == [count * got.past_key_values.get_seq_length() * 8 for count in (4, 2, 1)]
+    model.save_pretrained(tmp_path / "again")
+    assert verify_form(tmp_path / "again") == 2
+    again = kvshare.load(tmp_path / "again", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("key", ["llama", "mistral"])
+def test_continuous_batching_in_pages_of_full_size(model_of: Callable[[str], Any], key: str) -> None:
+    model = model_of(key)
+    prompts = [list(range(100, 130)), list(range(200, 207))]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    settings = ContinuousBatchingConfig(page_size=16, num_blocks=16, max_batch_tokens=32)
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=settings, warmup=False)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config, use_cache=False)[0, len(prompt) :]
+        assert output.generated_tokens == alone.tolist()
+    with pytest.raises(UnsupportedModelError, match="shared form"), shared_pages(model):
+        pass
