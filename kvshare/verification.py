@@ -132,6 +132,8 @@ def verify_form(checkpoint: Path) -> int:
     block, config = read_block(checkpoint), read_json(checkpoint / "config.json")
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     family = family_of(str(config.get("model_type", ""))).located(specs)
+    if block["form"] == "rotated" and not family.rotated_form:
+        raise _unusable(checkpoint, f"its form is rotated, which {family.model_type} models do not have")
     geometry = geometry_of(config, family, str(checkpoint))
     require_attention(specs, family, geometry, str(checkpoint))
     if block["layers"] and block["layers"][-1] >= geometry.layers:

@@ -317,6 +317,7 @@ def test_stock_transformers_refuses_it(converted_folder: Callable[..., Path], tm
         lambda config: config.update(model_type="llama"),
         lambda config: config.update(rope_parameters=unmarked(config["rope_parameters"])),
         lambda config: config["kvshare"].update(form="shared"),
+        lambda config: config.update(model_type="kvshare_rotated_nemotron"),
     ],
 )
 def test_a_config_that_a_native_class_would_take_is_refused(
