@@ -14,7 +14,17 @@ import pytest
 import torch
 import transformers
 from conftest import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, random_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from test_modes import InHalves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+)
 
 import kvshare
 from kvshare.activations import LayerCall
@@ -446,7 +456,7 @@ def convert_rotated(source: Path, folder: Path, text: dict[str, Any]) -> None:
     kvshare.convert(source, folder, recipe=QUICK, form="rotated", **text)
 
 
-def test_layers_of_all_forms(text_file: str, tmp_path: Path) -> None:
+def test_layers_of_all_forms(text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Untouched layers, layers that share all heads and layers with fewer: what is cached of each, and the same tokens."""
     source = random_model(tmp_path / "source", "qwen2", **SMALL | {"num_hidden_layers": 3})
     convert_layers(source, tmp_path / "out", (None, 2, 1), text_file, form="rotated")
@@ -462,6 +472,14 @@ def test_layers_of_all_forms(text_file: str, tmp_path: Path) -> None:
     again = kvshare.load(tmp_path / "again", dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+    logits, ids = [], IDS.repeat(1, 15)[:, :270]
+    for backend in ("eager", "compiled"):
+        monkeypatch.setenv("KVSHARE_ATTENTION", backend)
+        with torch.inference_mode():
+            cache = model(ids[:, :-2], use_cache=True).past_key_values
+            logits.append(model(ids[:, -2:], past_key_values=cache).logits)
+        assert model.model.kvshare_choice.backend == backend
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("key", ["llama", "mistral"])
@@ -476,3 +494,24 @@ def test_continuous_batching_in_pages_of_full_size(model_of: Callable[[str], Any
         assert output.generated_tokens == alone.tolist()
     with pytest.raises(UnsupportedModelError, match="shared form"), shared_pages(model):
         pass
+
+
+@pytest.mark.parametrize("key", ["llama", "mistral"])
+@torch.no_grad()
+def test_one_graph_with_a_static_cache(model_of: Callable[[str], Any], key: str) -> None:
+    model = model_of(key)
+    wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS | {"max_new_tokens": 6}).sequences
+    forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    cache, ids, given = StaticCache(config=model.config, max_cache_len=40), IDS, [IDS]
+    for _ in range(6):
+        ids = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        given.append(ids)
+    assert torch.equal(torch.cat(given, 1), wanted)
+
+
+def test_a_cache_that_quantises_by_itself(model_of: Callable[[str], Any]) -> None:
+    model = model_of("llama")
+    cache = QuantizedCache("fp8", model.config)
+    cache.layers = [InHalves(residual_length=4) for _ in cache.layers]
+    wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences
+    assert torch.equal(model.generate(IDS, past_key_values=cache, do_sample=False, **SETTINGS).sequences, wanted)

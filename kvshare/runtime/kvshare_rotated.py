@@ -192,13 +192,13 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             for layer in self.kvshare_kinds.values():
                 refuse(past_key_values, layer, self.kvshare_bits)
             _accept_empty(past_key_values)
+        if past_key_values is not None and not torch.compiler.is_compiling():  # which sees a whole forward in eager attention
             new = inputs_embeds.shape[1]
-            slots = max((past_key_values.get_mask_sizes(new, layer)[0] for layer in self.kvshare_kinds.values()), default=0)
-            choice = choose(self, inputs_embeds, slots, kwargs)
-            if not torch.compiler.is_compiling():
-                if self.kvshare_choice != choice:
-                    LOGGER.debug("%s attention: %s", *choice)
-                self.kvshare_choice = choice
+            slots = [past_key_values.get_mask_sizes(new, layer)[0] for layer in self.kvshare_kinds.values()]
+            choice = choose(self, inputs_embeds, max(slots, default=0), kwargs)
+            if self.kvshare_choice != choice:
+                LOGGER.debug("%s attention: %s", *choice)
+            self.kvshare_choice = choice
             if choice.backend != "eager":
                 kwargs["kvshare_backend"] = choice.backend
         return native.forward(self, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
