@@ -1,6 +1,7 @@
 """A decoding step of attention in the rotated form beside the shared and the native one: times in turns.
 
     python benchmarks/rotated.py [--contexts 8192] [--batch-sizes 1] [--dtypes float32 bfloat16] [--threads 2]
+    python benchmarks/rotated.py --threads 1 --processor-time    # on a machine that other work shares
 
 Native, packed and shared are those of `decode.py`. The rotated form reads rotated keys as K and as V, and turns the output back:
 `kernel` with the shared form's kernel, which then has nothing to rotate; `stock` with transformers' sdpa attention; `packed` with
@@ -66,9 +67,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor-time", action="store_true", help="of all threads together, in place of the time that passes")
     given = parser.parse_args()
+    clock = time.process_time if given.processor_time else time.perf_counter
     torch.set_num_threads(given.threads)
-    print(f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, ms")
+    print(
+        f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, ms{' of processor time' if given.processor_time else ''}"
+    )
     header = None
     for shape in SHAPES:
         for dtype in given.dtypes:
@@ -81,10 +86,10 @@ def main() -> None:
                     names = list(steps)
                     for turn in range(-1, given.rounds):
                         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                            begin = time.perf_counter()
+                            begin = clock()
                             steps[name]()
                             if turn >= 0:
-                                times[name].append(1e3 * (time.perf_counter() - begin))
+                                times[name].append(1e3 * (clock() - begin))
                     if header is None:
                         header = f"| shape | dtype | batch | cached | {' | '.join(names)} | shared / rotated, kernel | error |"
                         print(header + "\n" + "|---" * (len(names) + 6) + "|")
