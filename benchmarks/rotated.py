@@ -71,9 +71,8 @@ def main() -> None:
     given = parser.parse_args()
     clock = time.process_time if given.processor_time else time.perf_counter
     torch.set_num_threads(given.threads)
-    print(
-        f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, ms{' of processor time' if given.processor_time else ''}"
-    )
+    unit = "ms of processor time" if given.processor_time else "ms"
+    print(f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, {unit}")
     header = None
     for shape in SHAPES:
         for dtype in given.dtypes:
