@@ -3,6 +3,7 @@
     python benchmarks/quality.py --train-data heal.txt --eval-data val.txt --out results
     python benchmarks/quality.py ... --recall-model DIR --recall questions.jsonl --recall-data ledgers.txt
     python benchmarks/quality.py --model DIR ... --heads 4 2 1    # another model
+    python benchmarks/quality.py --form rotated --only "^(svd|learned) 8 (healed )?seed 0" ...    # the other form, in its own file
 
 In: two text files that share no document (calibration and healing read the first, figures come from the second) and,
 for recall, a model that answers questions about its context. Out: `results/quality.json`, one entry per measurement, and
@@ -82,10 +83,12 @@ def converted(
     model: str, init: str, heads: int, seed: int, options: argparse.Namespace, train: str, ablation: str = "as it is"
 ) -> Path:
     """The unhealed checkpoint of these settings, converted once."""
-    which = init if ablation == "as it is" else ablation.replace(" ", "-")
+    which = "" if options.form == "shared" else f"{options.form}-"
+    which += init if ablation == "as it is" else ablation.replace(" ", "-")
     output = options.out / f"{Path(model).name}-{which}-{heads}-{seed}"
     if not output.exists():
-        recipe = load_recipe("eighth" if init == "learned" else "half", init=init, kv_heads=heads, **ABLATIONS[ablation])
+        settings = {"init": init, "form": options.form, "kv_heads": heads, **ABLATIONS[ablation]}
+        recipe = load_recipe("eighth" if init == "learned" else "half", **settings)
         kvshare.convert(
             model,
             output,
@@ -258,6 +261,7 @@ def measure_recall(book: Book, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="kvshare/tiny")
+    parser.add_argument("--form", default="shared", choices=["shared", "rotated"])
     parser.add_argument("--train-data", required=True, help="text for calibration and healing")
     parser.add_argument("--eval-data", required=True, help="held-out text")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/out"))
@@ -274,7 +278,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options.out.mkdir(parents=True, exist_ok=True)
-    book = Book(options.out / "quality.json", options.only)
+    book = Book(options.out / ("quality.json" if options.form == "shared" else f"quality-{options.form}.json"), options.only)
     if not options.table:
         measure_all(book, options)
     print(table(book, options.heads, options.seeds))

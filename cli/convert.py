@@ -14,6 +14,7 @@ def run(
     model: options.Model,
     output: options.Output,
     init: options.Init = None,
+    form: options.Form = None,
     kv_heads: options.KVHeads = None,
     cache_budget: options.CacheBudget = None,
     recipe: options.Recipe = None,
@@ -42,6 +43,7 @@ def run(
 
     settings: dict[str, Any] = {
         "init": init,
+        "form": form,
         "kv_heads": kv_heads,
         "cache_budget": cache_budget,
         "recipe": recipe,

@@ -19,6 +19,10 @@ Init = Annotated[
         help="How K and V become one: mean, svd or learned; or exact: V is made of K, where W_K is square and invertible."
     ),
 ]
+Form = Annotated[
+    str | None,
+    typer.Option(help="shared, the source's own function; or rotated: another one, whose cache stock attention reads as K and V."),
+]
 KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a divisor of the source's, or a fraction such as 1/4.")]
 CacheBudget = Annotated[
     float | None, typer.Option(help="The most of the cache to keep, such as 0.3: each layer gets what it is found to need.")

@@ -9,6 +9,7 @@ from kvshare.cli.render import print_json, print_plan
 def run(
     model: options.Model,
     init: options.Init = None,
+    form: options.Form = None,
     kv_heads: options.KVHeads = None,
     cache_budget: options.CacheBudget = None,
     recipe: options.Recipe = None,
@@ -34,6 +35,7 @@ def run(
     result = plan(
         model,
         init=init,
+        form=form,
         kv_heads=kv_heads,
         cache_budget=cache_budget,
         recipe=recipe,

@@ -184,6 +184,7 @@ def print_plan(values: dict[str, Any]) -> None:
             ("weights", size(values["bytes_read"]), size(values["bytes_written"])),
             ("tensors merged / copied", "", f"{values['tensors_merged']} / {values['tensors_copied']}"),
             ("init", "", values["init"]),
+            ("form", "", "exact" if values["init"] == "exact" else values["form"]),
             ("healing", "", f"{values['heal_tokens']:,} tokens" if values["heals"] else "none"),
             ("disk needed", "", size(values["disk_bytes"])),
             ("memory needed by each process, about", "", size(values["memory_bytes"])),

@@ -108,13 +108,14 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: dict[str,
     """
     block = config["kvshare"]
     name, exact = block["source"]["name"], block["form"] == "exact"
+    rotated = block["form"] == "rotated"
     parts = [f"# {name}, with {'half the cache' if exact else 'a shared K and V'}", _story(config), "## Results"]
     parts.append(
         _results(block, report) if "perplexity" in report else "These weights have not been measured: `kvshare eval` does."
     )
     if plot is not None:
         parts.append(f"![what the report holds, drawn]({plot})")
-    parts += ["## Loading", _loading(config), "## Limits", _limits(exact), _recipe(block)]
+    parts += ["## Loading", _loading(config), "## Limits", _limits(exact, rotated), _recipe(block)]
     return f"---\n{yaml.safe_dump(matter, sort_keys=True).strip()}\n---\n" + "\n\n".join(parts) + "\n"
 
 
@@ -135,9 +136,10 @@ def _story(config: dict[str, Any]) -> str:
             f"Prepared by kvshare {block['version']}: the weights are the source's own, bit for bit. {_form(config)};\n"
             f"the cache keeps that projection's output in place of both.\n{origin}"
         )
+    turned = ", in rotated form" if block["form"] == "rotated" else ""
     healing = f"healed with {tokens:,} tokens of distillation" if tokens else "not healed"
     init = f"`{block['recipe']['init']}` initialisation"
-    return f"Converted by kvshare {block['version']}: {_form(config)}, {init}, {healing}.\n{origin}"
+    return f"Converted by kvshare {block['version']}: {_form(config)}{turned}, {init}, {healing}.\n{origin}"
 
 
 def _form(config: dict[str, Any]) -> str:
@@ -203,6 +205,11 @@ def _evaluation(block: dict[str, Any]) -> dict[str, Any]:
 def _loading(config: dict[str, Any]) -> str:
     """With half the cache, and without custom code."""
     block = config["kvshare"]
+    if block["form"] == "rotated":
+        return """    AutoModelForCausalLM.from_pretrained("<this folder>", trust_remote_code=True)   # runs code in this folder
+    kvshare.load("<this folder>")                                                    # the same
+
+Without `trust_remote_code` transformers refuses it: no class of its own computes this form. Fine-tune it through kvshare only."""
     heads = config.get("num_key_value_heads", block["source"]["num_key_value_heads"])
     cache = f"full-size cache ({heads} KV heads for K and for V)"
     training = "Fine-tune it through kvshare only: training K and V apart\nbreaks what the smaller cache relies on."
@@ -219,13 +226,18 @@ Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` mod
 {cache}. {training}"""
 
 
-def _limits(exact: bool) -> str:
+def _limits(exact: bool, rotated: bool) -> str:
     """What a reader should know before relying on it; no figures, because none of them was measured on these weights."""
     lines = [
         "The cache is smaller; decoding is not faster, because keys are rebuilt on every read.",
         "Other runtimes than transformers load the native form, with a full-size cache.",
         "Perplexity on one text says little about another task: measure yours.",
     ]
+    if rotated:
+        lines[:2] = [
+            "It is another function than the source's, fitted to it: values are rotated keys, turned back behind attention.",
+            "No other runtime than transformers loads it, and it has no native form.",
+        ]
     if exact:
         lines.append("Full precision only: quantised weights or caches, and unmerged adapters on K or V, do not fit this form.")
     else:

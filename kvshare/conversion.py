@@ -93,6 +93,7 @@ def convert(
     output: str | Path,
     *,
     init: str | None = None,
+    form: str | None = None,
     kv_heads: int | str | None = None,
     cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -121,6 +122,7 @@ def convert(
         model: a Hub id (with `@revision`), a local folder, or `kvshare/tiny`.
         output: a new folder.
         init: `mean`, `svd`, `learned` or `exact`.
+        form: `shared`, or `rotated`: another function, whose cache stock attention reads as K and as V.
         kv_heads: KV heads of the output, a divisor of the source's, or a fraction such as `1/4`.
         cache_budget: the most of the source's cache to keep, such as 0.3, in place of `kv_heads`: layers then keep K and V apart,
             share them, or share fewer heads, as they are found to bear it.
@@ -147,6 +149,7 @@ def convert(
     settings = conversion_recipe(
         recipe,
         init,
+        form,
         kv_heads,
         cache_budget,
         calibration,

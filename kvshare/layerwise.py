@@ -9,11 +9,9 @@ converted model's, which is what each layer will see (method.md, section 2, outp
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +25,11 @@ from kvshare.merge.readers import GroupSolution
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, choose_grouping, divided, merge_svd, pair_losses, search_grouping, solve_layer
 from kvshare.moments import MomentSums, Weighting, fits_apart
-from kvshare.passes import add_moments, advance, attend_and_advance, attention_of
+from kvshare.passes import add_moments, advance, attend_and_advance, attention_of, with_weights
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.recipe import Recipe
-from kvshare.sections import Merge
+from kvshare.sections import Form, Merge
 from kvshare.streaming import Skeleton, read_layer
 from kvshare.tensors import DTYPES
 
@@ -98,26 +96,13 @@ class _View:
     hidden: Tensor  # (rows, length, hidden)
     wanted: Tensor  # (rows, length, hidden)
     device: torch.device
+    form: Form = "shared"
 
 
 def read_weights(attention: nn.Module, family: Family, head_dim: int, rotary_dim: int | None = None) -> AttentionWeights:
     """The projections of an attention module as `AttentionWeights`, in the module's dtype."""
     tensors = {name: value.detach() for name, value in attention.named_parameters()}
     return unpack(tensors, family, head_dim, rotary_dim)
-
-
-def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights) -> nn.Module:
-    """A float32 copy of a decoder layer with other attention weights, in its native form."""
-    changed = copy.deepcopy(layer)
-    attention: Any = attention_of(changed, family)
-    device = next(layer.parameters()).device
-    for name, value in pack(weights, family).items():
-        module, _, kind = name.rpartition(".")
-        setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
-    if hasattr(attention, "num_kv_heads"):
-        attention.num_kv_heads = weights.kv_heads
-    attention.num_key_value_groups = weights.query_heads // weights.kv_heads
-    return changed
 
 
 def as_stored(weights: AttentionWeights, plan: Plan, layer: int) -> AttentionWeights:
@@ -166,7 +151,7 @@ def merge_layers(
             hidden.copy_(source_hidden)
         if kv_heads and before is None and own(index):
             attend_and_advance(layer, family, source_hidden, wanted, call, device, hidden if corrects else None)
-            view = _View(layer, family, call, hidden, wanted, device)
+            view = _View(layer, family, call, hidden, wanted, device, recipe.form)
             weights, report = _merge_layer(view, plan.head_dim, kv_heads, recipe, index, progress)
             weights = as_stored(weights, plan, index)
         else:
@@ -174,7 +159,7 @@ def merge_layers(
             if before is not None:
                 weights, report = before.weights, before.report
         if weights is not None:
-            merged = with_weights(layer, family, weights)
+            merged = with_weights(layer, family, weights, recipe.form)
         if sequential:
             advance(merged, hidden, call, device)
         yield MergedLayer(layer, merged, weights, report)
@@ -205,12 +190,12 @@ def merge_alone(
         per option the layer with merged weights in native form, and the squared error of its attention output per token that
         the singular values dropped predict, keys and values weighted as they count to first order.
     """
-    view = _View(layer, plan.family, call, hidden, wanted, device)
+    view = _View(layer, plan.family, call, hidden, wanted, device, plan.recipe.form)
     settings = plan.recipe.merge
     for solved in _solved(view, plan, options):
         merged, _, _ = _closed_form(view, solved.weights, solved.moments, settings, solved.solutions, ALONE_ITERATIONS)
         merged, _ = _refitted(view, merged, settings)
-        yield with_weights(layer, plan.family, merged), solved.report.loss
+        yield with_weights(layer, plan.family, merged, plan.recipe.form), solved.report.loss
 
 
 def source_moments(
@@ -331,7 +316,7 @@ def _share(hidden: Tensor) -> int:
 
 
 def _moments(view: _View, weights: AttentionWeights, grouping: Grouping, weighting: Weighting, advances: bool = False) -> Moments:
-    sums = MomentSums(weights, grouping, weighting)
+    sums = MomentSums(weights, grouping, weighting, view.form)
     add_moments(sums, view.layer, view.family, view.hidden, view.call, view.device, advances)
     return sums.moments()
 
@@ -369,7 +354,7 @@ def _refitted(view: _View, weights: AttentionWeights, settings: Merge) -> tuple[
 
 
 def _output_sums(view: _View, weights: AttentionWeights, hidden: Tensor, targets: Tensor) -> OutputSums:
-    layer = with_weights(view.layer, view.family, weights)
+    layer = with_weights(view.layer, view.family, weights, view.form)
     output = getattr(attention_of(layer, view.family), view.family.o)
     sums = OutputSums()
     for batch, target in zip(batches(hidden), batches(targets), strict=True):
@@ -389,7 +374,7 @@ def _refit(weights: AttentionWeights, outputs: OutputSums) -> Tensor:
 def _learn(
     view: _View, merged: AttentionWeights, recipe: Recipe, index: int, progress: Progress
 ) -> tuple[AttentionWeights, FitReport]:
-    layer = with_weights(view.layer, view.family, merged)
+    layer = with_weights(view.layer, view.family, merged, view.form)
     attention = attention_of(layer, view.family)
     inputs = torch.cat([enters(layer, attention, batch.to(view.device), view.call) for batch in batches(view.hidden)])
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshare.errors import BadCheckpointError, UsageError
+from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.mixture import uses_self
-from kvshare.native import native_class, read_config
+from kvshare.native import is_rotated, native_class, read_config
 from kvshare.parsing import shown
 from kvshare.source import read_json, read_tensor_specs, weight_files
 from kvshare.tensors import read_tensor
@@ -76,19 +76,20 @@ def outline(checkpoint: Path) -> Any:
 
 
 def _shared_class(folder: Path) -> Any:
-    """The class of a checkpoint in its shared form, when its files are found right."""
+    """The class of a checkpoint in the form that its block names, when its files are found right."""
     from kvshare.runtime.modeling_kvshare import shared_class
 
     verify_form(folder)
     native = native_class(folder, read_tensor_specs(folder, weight_files(folder)))
+    loader = native if is_rotated(folder) else shared_class(native)
     named = read_json(folder / "config.json").get("architectures")
-    if named != [native.__name__]:
+    if named != [loader.__name__]:
         raise BadCheckpointError(
             f"config.json in {folder} names the architectures {shown(named)}",
-            f"a model of its model_type is a {native.__name__}",
+            f"a model of its model_type is a {loader.__name__}",
             "convert the model again",
         )
-    return shared_class(native)
+    return loader
 
 
 def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None) -> Any:
@@ -96,9 +97,16 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
 
     Raises:
         BadCheckpointError: missing tensors, tensors of another shape, or a config that transformers cannot use.
-        UnsupportedModelError: another family.
+        UnsupportedModelError: another family, or a checkpoint in rotated form, which has no native class.
     """
     import transformers
+
+    if is_rotated(folder):
+        raise UnsupportedModelError(
+            f"{folder} has no native form",
+            "it is in rotated form, which no class of transformers computes",
+            "give the model that it was converted from",
+        )
 
     native_class(folder, read_tensor_specs(folder, weight_files(folder)))
     config = read_config(folder)

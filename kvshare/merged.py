@@ -33,15 +33,16 @@ from kvshare.checkpoint import (
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
 from kvshare.journal import Journal, versions
-from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics, with_weights
+from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics
 from kvshare.layout import names, pack, unpack
 from kvshare.merge import AttentionWeights
 from kvshare.merge.mean import merge_mean
+from kvshare.passes import with_weights
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.quality import named_text
 from kvshare.recipe import made_by
-from kvshare.runtime import SHIPPED
+from kvshare.runtime import ROTATED_MODELING, SHIPPED
 from kvshare.source import CARRIED_FILES, TensorSpec, read_header
 from kvshare.statistics import open_statistics, read_moments
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
@@ -346,7 +347,7 @@ def _merged_layers(
             yield MergedLayer(None, None, weights, report)
             continue
         layer = read_layer(skeleton, index, device)
-        yield MergedLayer(layer, with_weights(layer, plan.family, weights), weights, report)
+        yield MergedLayer(layer, with_weights(layer, plan.family, weights, plan.recipe.form), weights, report)
     progress("merging layers", plan.layers, plan.layers)
 
 
@@ -365,7 +366,11 @@ def _stored_weights(
 
 
 def _auto_map(plan: Plan) -> dict[str, str]:
-    return {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{plan.config['architectures'][0]}"}
+    name = plan.config["architectures"][0]
+    if plan.recipe.form != "rotated":
+        return {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{name}"}
+    module = Path(ROTATED_MODELING).stem
+    return {"AutoConfig": f"{module}.{name.replace('ForCausalLM', 'Config')}", "AutoModelForCausalLM": f"{module}.{name}"}
 
 
 def _block(plan: Plan) -> dict[str, Any]:
@@ -373,7 +378,7 @@ def _block(plan: Plan) -> dict[str, Any]:
     made_with = versions()
     return {
         "format_version": FORMAT_VERSION,
-        "form": "exact" if plan.recipe.init == "exact" else "shared",
+        "form": "exact" if plan.recipe.init == "exact" else plan.recipe.form,
         "version": made_with["kvshare"],
         "torch": made_with["torch"],
         "transformers": made_with["transformers"],

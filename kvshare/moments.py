@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from kvshare.merge import AttentionWeights, Grouping, Moments
+from kvshare.sections import Form
+from kvshare.turning import TurnSums
 
 CHUNK_NUMBERS = 1 << 24  # attention weights of the rows that are looked at together
 BLOCK_TOKENS = 64  # queries whose attention weights are held at one time, so few that they stay in a cache
@@ -102,9 +104,12 @@ class MomentSums:
         weights: the source layer.
         grouping: the source KV heads of each output head.
         weighting: what errors count; without attention, heads share their moments where no norm weighs the tokens.
+        form: `rotated`, where values are to be read from rotated keys: then what rope does to them is looked at, too.
     """
 
-    def __init__(self, weights: AttentionWeights, grouping: Grouping, weighting: Weighting = "attention") -> None:
+    def __init__(
+        self, weights: AttentionWeights, grouping: Grouping, weighting: Weighting = "attention", form: Form = "shared"
+    ) -> None:
         self.weights, self.grouping, self.weighting = weights, grouping, weighting
         self.has_bias = weights.k_bias is not None or weights.v_bias is not None
         width, device = weights.head_dim, weights.q.device
@@ -122,6 +127,7 @@ class MomentSums:
         self.tokens, self.sampled = 0, 0
         out = weights.o.view(len(weights.o), weights.kv_heads, -1, width)  # (hidden, kv heads, queries per kv head, head_dim)
         self.read = torch.einsum("ohqi,ohqj->hqij", out, out) if weighting == "attention" else None  # W_O^T W_O of each head
+        self.turns = TurnSums(weights) if form == "rotated" and weighting == "attention" and weights.rotated else None
 
     @torch.no_grad()
     def add(self, inputs: Tensor, attending: Attending, projected: Mapping[str, Tensor] | None = None) -> None:
@@ -215,6 +221,8 @@ class MomentSums:
                 asking = queries[:, own, i]
                 scores = (asking.flatten(1, 2) @ keys[:, head, j].transpose(-1, -2)).unflatten(1, (served, -1))
                 attention, slope = attending.weights(scores, own, i, j)  # (rows, queries, i, j)
+                if self.turns is not None:
+                    self.turns.add(attention, head, attending.rotate, positions[i], positions[j])
                 averaged = (attention.flatten(1, 2) @ states[:, j]).unflatten(1, (served, -1))
                 self._add_values(averaged, place, group.index(head))
                 outputs = averaged[..., start : start + w.head_dim]
@@ -288,7 +296,8 @@ class MomentSums:
         if self.weighting != "attention":
             # errors of scores and of outputs have no common unit: the energies of keys and values are made equal
             metric = metric * (self._energy(value_metric, values, 1) / self._energy(metric, keys, 0).clamp_min(1e-30))
-        return Moments(self.grouping, tuple(keys), tuple(values), metric, value_metric)
+        noise = None if self.turns is None else self.turns.noise()
+        return Moments(self.grouping, tuple(keys), tuple(values), metric, value_metric, noise)
 
     def _energy(self, metric: Tensor, moments: list[Tensor], part: int) -> Tensor:
         """What keys (part 0) or values (part 1) of all heads weigh, without biases."""

@@ -18,6 +18,7 @@ from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.parsing import is_file, shown
+from kvshare.runtime import ROTATED
 from kvshare.source import FLOATS, GENERATION, Source, TensorSpec, read_json
 from kvshare.tensors import DTYPES
 
@@ -30,10 +31,16 @@ def read_config(folder: Path) -> Any:
     Raises:
         BadCheckpointError: transformers cannot use config.json or generation_config.json.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if is_rotated(folder):
+            from kvshare.runtime.kvshare_rotated import rotated_config
+
+            named = str(read_json(folder / "config.json")["model_type"])
+            config = rotated_config(CONFIG_MAPPING[named.removeprefix(ROTATED)]).from_pretrained(folder, local_files_only=True)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         config._attn_implementation = None
         config._experts_implementation = None
         if config.dtype not in (None, *DTYPES.values()):
@@ -46,6 +53,12 @@ def read_config(folder: Path) -> Any:
         except Exception as error:  # as above
             raise _refused(folder / GENERATION, error) from error
     return config
+
+
+def is_rotated(folder: Path) -> bool:
+    """Whether a folder says that it is a checkpoint in rotated form, which no class of transformers computes."""
+    config = read_json(folder / "config.json")
+    return isinstance(config, dict) and str(config.get("model_type", "")).startswith(ROTATED)
 
 
 def require_one_vocabulary(checkpoint: Path, source: Source) -> None:
@@ -106,7 +119,8 @@ def _shapes_in_memory(model: Any, tensors: Mapping[str, TensorSpec]) -> dict[str
 
 
 def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
-    """The class that stock transformers loads a folder with, after all that it needs was found in the headers.
+    """The class that stock transformers loads a folder with, after all that it needs was found in the headers; of a checkpoint in
+    rotated form, which stock transformers refuses, the class of that form.
 
     Args:
         folder: of the model.
@@ -116,7 +130,7 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
         BadCheckpointError: a config that cannot be used, a tensor that is missing or has another shape than the class gives it.
         UnsupportedModelError: another family, or a tensor that holds no floating-point numbers.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     raw = read_json(folder / "config.json")
@@ -125,7 +139,12 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
     config = read_config(folder)
     try:
         with no_init_weights(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            if is_rotated(folder):
+                from kvshare.runtime.kvshare_rotated import rotated_class
+
+                model: Any = rotated_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family.model_type]])(config)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
             model.tie_weights()
     except Exception as error:  # of many kinds, all of them about what the config says
         raise _refused(folder / "config.json", error) from error

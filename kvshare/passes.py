@@ -7,6 +7,7 @@ Never: holds more than a batch on the device, changes a layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,33 @@ from torch import Tensor, nn
 
 from kvshare.activations import LayerCall, attending, batches, enters, run_layer
 from kvshare.families import Family
+from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
 from kvshare.moments import MomentSums
+from kvshare.sections import Form
 
 
 def attention_of(layer: nn.Module, family: Family) -> nn.Module:
     """The attention module of a decoder layer."""
     return layer.get_submodule(family.attention.rpartition("{layer}.")[2])
+
+
+def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights, form: Form) -> nn.Module:
+    """A float32 copy of a decoder layer with other attention weights, in its native form, or in the rotated one."""
+    changed = copy.deepcopy(layer)
+    attention: Any = attention_of(changed, family)
+    device = next(layer.parameters()).device
+    for name, value in pack(weights, family).items():
+        module, _, kind = name.rpartition(".")
+        setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
+    if hasattr(attention, "num_kv_heads"):
+        attention.num_kv_heads = weights.kv_heads
+    attention.num_key_value_groups = weights.query_heads // weights.kv_heads
+    if form == "rotated":
+        from kvshare.runtime.kvshare_rotated import rotate_attention
+
+        rotate_attention(attention)
+    return changed
 
 
 def passed(layer: nn.Module, hidden: Tensor, call: LayerCall, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from kvshare.hub import describe
 from kvshare.memory import kept_bytes, peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, one_process_because, require_exact
+from kvshare.rotated import require_rotated, rotated_config, rotated_reasons
 from kvshare.sizes import bytes_of, shard_files
 from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
 from kvshare.tied import tied_reasons, tied_recipe
@@ -137,6 +138,7 @@ class Plan:
             "commit": self.source.commit,
             "model_type": self.family.model_type,
             "init": self.recipe.init,
+            "form": self.recipe.form,
             "layers": self.layers,
             "source_kv_heads": self.source_kv_heads,
             "kv_heads": self.kv_heads,
@@ -178,6 +180,7 @@ def plan(
     model: str | Path,
     *,
     init: str | None = None,
+    form: str | None = None,
     kv_heads: int | str | None = None,
     cache_budget: float | None = None,
     recipe: str | Path | Recipe | None = None,
@@ -204,6 +207,7 @@ def plan(
     settings = conversion_recipe(
         recipe,
         init,
+        form,
         kv_heads,
         cache_budget,
         calibration,
@@ -242,6 +246,8 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     layers, source_heads, head_dim, hidden = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.hidden
     require_attention(source.tensors, family, geometry, source.name)
     reasons: list[str] = []
+    if recipe.form == "rotated":
+        require_rotated(source, family)
     if family.tied:
         recipe = tied_recipe(recipe, source.name)
     if recipe.cache_budget is None:
@@ -303,6 +309,9 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     elif family.kv_heads and family.merges_heads(config):
         output_config[family.kv_heads] = heads
     output_config.pop("auto_map", None)
+    if recipe.form == "rotated":
+        output_config = rotated_config(output_config)
+        reasons.extend(rotated_reasons(family.model_type))
     apart = 0  # bytes of layers that keep K and V in two
     for spec in (source.tensors.get(family.weight(layer, "k")) for layer in geometry.apart):
         apart += 0 if spec is None else 2 * spec.shape[0] * ITEM_BYTES[spec.dtype]

@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kvshare.errors import UsageError, closest
 from kvshare.parsing import MAX_YAML, is_file, parse_yaml, read_bytes, shown
-from kvshare.sections import Calibration, Evaluation, Fit, Fraction, Heal, KVHeads, Merge, Natural, Positive, Section
+from kvshare.rotated import check_form
+from kvshare.sections import Calibration, Evaluation, Fit, Form, Fraction, Heal, KVHeads, Merge, Natural, Positive, Section
 
 DEFAULT_RECIPE = "half"
 CALIBRATED = ("svd", "learned")  # initialisations that take text
@@ -25,6 +26,8 @@ class Recipe(Section):
     """All settings of one conversion."""
 
     init: Literal["mean", "svd", "learned", "exact"] = "svd"
+    form: Form = "shared"
+    """What the cache holds: `shared`, keys before rope, the family's function; `rotated`, keys behind rope, another one."""
     kv_heads: KVHeads = "all"
     """KV heads of the output: a number, a fraction of the source's (`1/4`) or `all` (as many as the source has)."""
     cache_budget: Fraction | None = None
@@ -150,6 +153,7 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
         raise _explain(error, origin) from None
     _check_budget(settings, origin)
     _check_statistics(settings, origin)
+    check_form(settings.form, settings.init, settings.calibration.statistics, origin)
     _check_healing(settings.heal, origin)
     _check_evaluation(settings, origin)
     return settings
@@ -158,6 +162,7 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
 def conversion_recipe(
     recipe: str | Path | Recipe | None,
     init: str | None,
+    form: str | None,
     kv_heads: int | str | None,
     cache_budget: float | None,
     calibration: str | None,
@@ -180,6 +185,7 @@ def conversion_recipe(
     settings = load_recipe(
         recipe,
         init=init,
+        form=form,
         kv_heads=kv_heads,
         cache_budget=cache_budget,
         seed=seed,

@@ -28,6 +28,7 @@ def _kv_heads(value: int | str) -> int | str:
 
 
 KVHeads = Annotated[int | str, AfterValidator(_kv_heads)]
+Form = Literal["shared", "rotated"]  # what values are: the keys before rope, or the rotated keys, turned back behind attention
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]

@@ -21,9 +21,11 @@ from kvshare.geometry import geometry_of, require_attention
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, repeats_of
+from kvshare.rotated import says_rotated
+from kvshare.runtime import ROTATED
 from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
 
-FORMS = ("shared", "exact")  # how the runtime makes keys and values of what is cached
+FORMS = ("shared", "exact", "rotated")  # how the runtime makes keys and values of what is cached
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ def read_block(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpointError(
             f"{checkpoint} has the form {shown(block.get('form'))}", f"there are: {', '.join(FORMS)}", "convert the model again"
         )
+    if [block["form"] == "rotated"] * 2 != says_rotated(config):
+        raise _unusable(
+            checkpoint,
+            f"its form is {block['form']}, and the model_type {shown(config.get('model_type'))}: in rotated form, and no other, "
+            f"this and the type of rope begin with {ROTATED}, so that no native class computes something else of its weights",
+        )
     try:
         layers = _Block.model_validate(block).layers
     except ValidationError as error:
@@ -114,8 +122,8 @@ def _unusable(checkpoint: Path, why: str) -> BadCheckpointError:
 
 
 def verify_form(checkpoint: Path) -> int:
-    """Check that the weights of K and V of every layer are equal bit for bit (form `shared`) or square (`exact`), and that a
-    layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
+    """Check that the weights of K and V of every layer are equal bit for bit (forms `shared` and `rotated`) or square (`exact`),
+    and that a layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
 
     Raises:
         BadCheckpointError: they do not fit, one is missing, or heads are not repeated as the kvshare block says.
@@ -124,6 +132,8 @@ def verify_form(checkpoint: Path) -> int:
     block, config = read_block(checkpoint), read_json(checkpoint / "config.json")
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     family = family_of(str(config.get("model_type", ""))).located(specs)
+    if block["form"] == "rotated" and not family.rotated_form:
+        raise _unusable(checkpoint, f"its form is rotated, which {family.model_type} models do not have")
     geometry = geometry_of(config, family, str(checkpoint))
     require_attention(specs, family, geometry, str(checkpoint))
     if block["layers"] and block["layers"][-1] >= geometry.layers:

@@ -277,10 +277,11 @@ def converted_folder(
 ) -> Callable[..., Path]:
     """A converted checkpoint of a source, made once per settings: a little text, one closed form per layer, no healing."""
 
-    def get(key: str, kv_heads: int | str = "all", init: str = "svd") -> Path:
+    def get(key: str, kv_heads: int | str = "all", init: str = "svd", form: str = "shared") -> Path:
         settings: dict[str, Any] = {"init": init, "kv_heads": kv_heads, "calibration": text_file, "calibration_tokens": 4096}
+        settings["form"] = form
         return once(
-            f"{key}-{kv_heads}-{init}".replace("/", "of"),
+            f"{key}-{kv_heads}-{init}-{form}".replace("/", "of"),
             lambda folder: kvshare.convert(
                 source_folder(key), folder, recipe=QUICK, eval_data=text_file, eval_tokens=1024, **settings
             ),

@@ -118,7 +118,19 @@ def test_plan_prints_json_with_the_documented_keys(run: Callable[..., Outcome]) 
     assert all(0 <= stage < 3600 for stage in seconds.values())
     assert values == kvshare.plan("kvshare/tiny", kv_heads="1/4", init="mean", recipe="quick").to_dict()
     assert values.keys() == {
-        *("model", "commit", "model_type", "init", "layers", "source_kv_heads", "kv_heads", "head_dim", "reasons", "recipe"),
+        *(
+            "model",
+            "commit",
+            "model_type",
+            "init",
+            "form",
+            "layers",
+            "source_kv_heads",
+            "kv_heads",
+            "head_dim",
+            "reasons",
+            "recipe",
+        ),
         *("layer_heads", "cache_budget", "one_process_because"),
         *("source_cache_bytes_per_token", "cache_bytes_per_token", "cache_reduction", "tensors_copied", "tensors_merged"),
         *("bytes_read", "bytes_written", "disk_bytes", "memory_bytes", "heals", "heal_tokens", "tensors"),

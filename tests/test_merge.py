@@ -13,7 +13,7 @@ from torch import Tensor
 from kvshare.activations import OutputSums
 from kvshare.merge import AttentionWeights, Grouping, Moments, readers, svd
 from kvshare.merge.mean import merge_mean
-from kvshare.merge.readers import GroupProblem, gauge_matrix, read, read_with_slope, to_complex, to_real
+from kvshare.merge.readers import GroupProblem, gauge_matrix, in_pairs, read, read_with_slope, to_complex, to_real
 from kvshare.merge.refit import refit_output
 from kvshare.merge.regroup import MergeReport, _problem, choose_grouping, merge_svd, search_grouping, solve_layer
 from kvshare.merge.svd import solve_group
@@ -404,12 +404,17 @@ def test_small_changes_do_not_improve_the_solution(group: tuple[int, ...], kind:
         assert read(centred, moved, key, value).loss > solution.loss
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [(1,), (0, 1, 3)])
-def test_the_slope_of_the_loss_is_its_slope(group: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slope_of_the_loss_is_its_slope(
+    group: tuple[int, ...], kind: str, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(readers, "ROUNDING", 1e-3)
     problem = problem_of(random_layer(20, kind=kind), group)
     n, g = problem.numbers, torch.Generator().manual_seed(3)
+    if turned:
+        problem = replace(problem, value_noise=in_pairs(normal(g, len(group), WIDTH).square(), problem.rotary_dim))
     point = torch.cat([normal(g, WIDTH, n), normal(g, WIDTH, 2) * ("biases" in kind)], 1)
     direction = torch.cat([normal(g, WIDTH, n), normal(g, WIDTH, 2) * ("biases" in kind)], 1)
 

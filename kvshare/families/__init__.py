@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from kvshare.errors import UnsupportedModelError, closest
+from kvshare.runtime import ROTATED
 
 Part = Literal["q", "k", "v", "o"]
 PARTS: tuple[Part, ...] = ("q", "k", "v", "o")
@@ -39,7 +40,8 @@ class Family:
     cannot be merged. It counts where the field `kv_heads_where` is true; where that is false, there is one KV head if
     `multi_query` is true, and otherwise one per query head. `fields` are what older configs call a field, by its usual name, and
     `only` the values that some must have, where they are present. `without` are the kinds of layers, as `layer_types` names them,
-    that have no K and V: they are left untouched. `exact_form` is false where the shared form writes attention out anew.
+    that have no K and V: they are left untouched. `exact_form` is false where the shared form writes attention out anew;
+    `rotated_form` is true where the rotated form is known to compute what it should.
     """
 
     model_type: str
@@ -62,6 +64,7 @@ class Family:
     kv_heads_where: str | None = None
     without: tuple[str, ...] = ()
     exact_form: bool = True
+    rotated_form: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
 
@@ -141,16 +144,16 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama"),
-        Family("mistral"),
+        Family("llama", rotated_form=True),
+        Family("mistral", rotated_form=True),
         Family("ministral"),
         Family("ministral3"),
         Family("mixtral"),
-        Family("qwen2"),
+        Family("qwen2", rotated_form=True),
         Family("qwen2_moe"),
-        Family("qwen3", query_norm="q_norm", key_norm="k_norm"),
+        Family("qwen3", query_norm="q_norm", key_norm="k_norm", rotated_form=True),
         Family("qwen3_moe", query_norm="q_norm", key_norm="k_norm"),
-        Family("gemma"),
+        Family("gemma", rotated_form=True),
         Family("gemma2", post_norm=True, only={"use_bidirectional_attention": False}),
         Family(
             "gemma3_text",
@@ -166,20 +169,20 @@ FAMILIES: dict[str, Family] = {
         Family("olmo2", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
         Family("olmo3", query_norm="q_norm", key_norm="k_norm", wide_norm=True, post_norm=True),
         Family("olmoe", query_norm="q_norm", key_norm="k_norm", wide_norm=True),
-        Family("granite"),
+        Family("granite", rotated_form=True),
         Family("granitemoe"),
         Family("granitemoehybrid", without=("mamba", "linear_attention")),
-        Family("smollm3", rotates="use_rope"),
+        Family("smollm3", rotates="use_rope", rotated_form=True),
         Family("stablelm", only={"qk_layernorm": False}),
-        Family("starcoder2"),
+        Family("starcoder2", rotated_form=True),
         Family("gpt_oss", half_tables=True),
         Family("exaone4", query_norm="q_norm", key_norm="k_norm", rotates="windows", post_norm=True),
         Family("nemotron"),
-        Family("arcee"),
-        Family("seed_oss"),
-        Family("cohere", interleaved=True, only={"use_qk_norm": False}),
+        Family("arcee", rotated_form=True),
+        Family("seed_oss", rotated_form=True),
+        Family("cohere", interleaved=True, only={"use_qk_norm": False}, rotated_form=True),
         Family("cohere2", interleaved=True, rotates="windows"),
-        Family("glm", interleaved=True),
+        Family("glm", interleaved=True, rotated_form=True),
         Family("glm4", interleaved=True, post_norm=True),
         Family("ernie4_5", interleaved=True),
         Family("helium", interleaved=True),
@@ -194,7 +197,7 @@ FAMILIES: dict[str, Family] = {
             grouped_rows=True,
             kv_heads=None,
         ),
-        Family("phi", o="dense", only={"qk_layernorm": False}),
+        Family("phi", o="dense", only={"qk_layernorm": False}, rotated_form=True),
         Family(
             "falcon",
             attention="transformer.h.{layer}.self_attention",
@@ -250,11 +253,12 @@ LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_k
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a `model_type`.
+    """The family of a `model_type`, or of that of a checkpoint in rotated form.
 
     Raises:
         UnsupportedModelError: no such family; the message lists the families and names the closest one.
     """
+    model_type = model_type.removeprefix(ROTATED)
     if model_type in LATENT:
         raise UnsupportedModelError(
             f"a {model_type} model has no K and V to share",

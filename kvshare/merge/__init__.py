@@ -101,7 +101,8 @@ class Moments:
     numbers, or one more. `keys` are (g, n, n) or, shared by the heads, (1, n, n): E[u u^T], tokens weighted by what an
     error in a key does to the attention output. `values`, of the same shapes, are E[u u^T] of u averaged over tokens by the
     attention weights. `key_metric` (kv heads, head_dim, head_dim) is Lambda: what an error of a weighted token's key costs;
-    `value_metric`, of the same shape, is M: what an error of an averaged value costs.
+    `value_metric`, of the same shape, is M: what an error of an averaged value costs. `value_noise` (kv heads, head_dim), where
+    values are to be read from rotated keys, is what rope adds to each number's variance, relative to that of its pair.
     """
 
     grouping: Grouping
@@ -109,3 +110,4 @@ class Moments:
     values: tuple[Tensor, ...]
     key_metric: Tensor
     value_metric: Tensor
+    value_noise: Tensor | None = None

@@ -5,12 +5,13 @@ Never: searches P, sees weights or activations. Formulas: method.md, sections 1 
 
 Keys are read as B s. Numbers that rope turns may be scaled and turned in pairs alone (complex z), because s is rotated before
 it meets the query: so rotated numbers of a key are read from rotated numbers of s, pair by pair, and the other numbers from the
-others, by any matrix F. Values are not rotated: A reads them from all of s.
+others, by any matrix F. Values are not rotated: A reads them from all of s. Where values are read from rotated numbers, what
+rope does to them between a query and the tokens that it reads is noise of the size of the pair (method.md, rotated form).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -28,7 +29,8 @@ class GroupProblem:
     constantly 1 where there are biases; `key_target`, `value_target` (g, D, n): what keys and values are of u;
     `key_metric`, `value_metric` (g, D, D): Lambda (times a) and M. The first `rotary_dim` numbers of a head are rotated in pairs
     (j, j + rotary_dim/2), the others are not. `key_constant`, `value_constant`: whether the output may add a bias of its own.
-    `signs_only` restricts B to a diagonal of +1 and -1, equal within pairs, all that a query norm lets through.
+    `signs_only` restricts B to a diagonal of +1 and -1, equal within pairs, all that a query norm lets through. `value_noise`
+    (g, D) is what rope adds to the variance of each number that values are read from, relative to that of its pair; None: nothing.
     """
 
     keys: Tensor
@@ -41,6 +43,7 @@ class GroupProblem:
     key_constant: bool = False
     value_constant: bool = False
     signs_only: bool = False
+    value_noise: Tensor | None = None
 
     @cached_property
     def key_side(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +120,7 @@ class _Kept:
     """What one side's moments hold of s + constant = kept u.
 
     Shapes: `kept` (D, n); `moved`, kept E[u u^T] (g or 1, D, n); `varied`, the same of P and u without constants
-    (g or 1, D, 2 g D); `noise`, the variance that rounding adds to each number of s (g or 1, D).
+    (g or 1, D, 2 g D); `noise`, the variance that rounding, and rope, add to each number of s (g or 1, D).
     """
 
     kept: Tensor
@@ -143,6 +146,12 @@ def read_with_slope(
     n = problem.numbers
     keys = _kept(problem, problem.keys, projection, key_constant)
     values = _kept(problem, problem.values, projection, value_constant)
+    reach: Tensor | None = None
+    if problem.value_noise is not None:  # what rope turns is the key with its bias
+        whole = _with_constant(problem, problem.values, projection, key_constant)
+        reach = whole @ problem.values
+        noise = problem.value_noise * in_pairs((reach * whole).sum(-1), problem.rotary_dim)
+        values = replace(values, noise=values.noise + noise)
     key_readers, readers = _key_readers(problem, keys), _value_readers(problem, values)
     slope = projection.new_zeros(problem.width, n + 2)
     loss = 0.0
@@ -158,16 +167,31 @@ def read_with_slope(
         loss += float((weighted * missed).sum()) + float((gain * kept.noise).sum())
         pull = -2 * (weighted if as_it_is else reader.transpose(1, 2) @ weighted).sum(0)  # (D, n)
         slope[:, :n] += pull[:, :n] + 2 * ROUNDING * (gain[..., None] * kept.varied).sum(0)
+        if place and reach is not None and problem.value_noise is not None:
+            turned = in_pairs(problem.value_noise * gain, problem.rotary_dim)
+            slope[:, :n] += 2 * (turned[..., None] * reach[..., :n]).sum(0)
+            if problem.key_constant:
+                slope[:, n] += 2 * (turned * reach[..., n]).sum(0)
         if free:
-            slope[:, n + place] = pull[:, n]
+            slope[:, n + place] += pull[:, n]
     return GroupSolution(projection, key_readers, readers, key_constant, value_constant, loss, problem.energy), slope
+
+
+def in_pairs(x: Tensor, rotary_dim: int) -> Tensor:
+    """Both numbers of a rope pair as their mean, (..., D); numbers that are not rotated stay."""
+    half = rotary_dim // 2
+    pairs = (x[..., :half] + x[..., half:rotary_dim]) / 2
+    return torch.cat([pairs, pairs, x[..., rotary_dim:]], -1)
+
+
+def _with_constant(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> Tensor:
+    """P with a column for the constant entry of u, where there is one."""
+    return torch.cat([projection, constant[:, None]], dim=1) if moments.shape[-1] > problem.numbers else projection
 
 
 def _kept(problem: GroupProblem, moments: Tensor, projection: Tensor, constant: Tensor) -> _Kept:
     n = problem.numbers
-    kept = projection
-    if moments.shape[-1] > n:  # u has a constant entry
-        kept = torch.cat([projection, constant[:, None]], dim=1)
+    kept = _with_constant(problem, moments, projection, constant)
     moved = kept @ moments
     varied = moved[..., :n] - constant[:, None] * moments[:, n:, :n] if moments.shape[-1] > n else moved
     return _Kept(kept, moved, varied, ROUNDING * (varied * projection).sum(-1))

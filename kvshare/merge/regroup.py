@@ -131,7 +131,7 @@ def divided(whole: Moments, grouping: Grouping, head_dim: int) -> Moments:
         index = torch.cat([numbers[:, list(group)].flatten(), rest]).to(whole.key_metric.device)
         for parts, part in ((keys, whole.keys[0]), (values, whole.values[0])):
             parts.append((part if len(part) == 1 else part[list(group)])[:, index[:, None], index])
-    return Moments(grouping, tuple(keys), tuple(values), whole.key_metric, whole.value_metric)
+    return Moments(grouping, tuple(keys), tuple(values), whole.key_metric, whole.value_metric, whole.value_noise)
 
 
 def _problem(
@@ -155,6 +155,7 @@ def _problem(
         weights.k_bias is not None,
         weights.v_bias is not None,
         weights.query_norm is not None,
+        None if moments.value_noise is None else moments.value_noise[list(group)],
     )
 
 

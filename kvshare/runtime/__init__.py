@@ -12,5 +12,9 @@ NAMES = (
     "kvshare_c.py",
     "kvshare_triton.py",
     "kvshare_kernels.py",
+    "kvshare_rotated.py",
 )
+ROTATED = "kvshare_rotated_"  # what the model type of a checkpoint in rotated form begins with; its family's follows
+ROTATED_MODELING = "kvshare_rotated.py"  # the file that its config names
+ROTATED_CLASS = "KVShareRotated"  # what the names of its classes begin with
 SHIPPED = tuple(Path(__file__).with_name(name) for name in NAMES)

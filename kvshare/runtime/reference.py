@@ -76,3 +76,43 @@ def shared_attention(
         scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+def rotated_attention(
+    query: Tensor,
+    shared: Tensor,
+    query_angles: Tensor,
+    angles: Tensor,
+    *,
+    scaling: float,
+    adjacent: bool = False,
+    rope_scale: float = 1.0,
+    mask: Tensor | None = None,
+    value_bias: Tensor | None = None,
+) -> Tensor:
+    """The rotated form's attention by its definition, o_i = sum_j p_ij R(j - i) s_j + b, in float64: nothing is turned twice.
+
+    Args:
+        query: before rope, (batch, query heads, new tokens, head_dim).
+        shared: keys before rope, behind bias and norm, (batch, kv heads, slots, head_dim).
+        query_angles, angles: of each new token and of each slot, (batch or 1, tokens, pairs); see `rotated`.
+        scaling: of scores.
+        adjacent, rope_scale: see `rotated`; it is in queries and in keys, and not in values.
+        mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend).
+        value_bias: (kv heads, head_dim).
+
+    Returns:
+        (batch, new tokens, query heads, head_dim).
+    """
+    query, shared = query.double(), shared.double()
+    groups = query.shape[1] // shared.shape[1]
+    every = shared[:, :, None].expand(-1, -1, query.shape[2], -1, -1)
+    turned = rotated(every, (angles[:, None] - query_angles[:, :, None]).double()[:, None], adjacent)
+    turned = turned.repeat_interleave(groups, 1)  # R(j - i) s_j: (batch, query heads, new tokens, slots, head_dim)
+    scores = (turned @ query[..., None])[..., 0] * scaling * rope_scale**2
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    output = (scores.softmax(-1)[..., None, :] @ turned)[..., 0, :]
+    if value_bias is not None:
+        output = output + value_bias.double().repeat_interleave(groups, 0)[:, None]
+    return output.transpose(1, 2)

@@ -1,0 +1,103 @@
+"""A decoding step of attention in the rotated form beside the shared and the native one: times in turns.
+
+    python benchmarks/rotated.py [--contexts 8192] [--batch-sizes 1] [--dtypes float32 bfloat16] [--threads 2]
+    python benchmarks/rotated.py --threads 1 --processor-time    # on a machine that other work shares
+
+Native, packed and shared are those of `decode.py`. The rotated form reads rotated keys as K and as V, and turns the output back:
+`kernel` with the shared form's kernel, which then has nothing to rotate; `stock` with transformers' sdpa attention; `packed` with
+stock attention to which the query heads of a KV head are tokens. All give the same numbers, which is checked against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from decode import SHAPES, Native, Shape, prepare, tables
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvshare.runtime import kvshare_cpu
+from kvshare.runtime.reference import rotated, rotated_attention
+
+
+def rotated_steps(shape: Shape, batch: int, context: int, dtype: torch.dtype) -> tuple[dict[str, Callable[[], Tensor]], float]:
+    """The steps of the rotated form by name, and the largest error of any of them, relative in the Euclidean norm."""
+    generator = torch.Generator().manual_seed(context + batch)
+    plain = torch.randn(batch, shape.heads, context, shape.head_dim, generator=generator)
+    frequencies = 5e5 ** -(torch.arange(shape.head_dim // 2, dtype=torch.float64) / (shape.head_dim // 2))
+    angles = torch.arange(context)[:, None].double() * frequencies
+    key = torch.stack([rotated(row.double(), angles, False).to(dtype) for row in plain])
+    query = torch.randn(batch, shape.queries, 1, shape.head_dim, generator=generator)
+    turned = rotated(query.double(), angles[-1:], False).to(dtype)
+    module, scaling = Native(shape.queries // shape.heads), shape.head_dim**-0.5
+    cosine, sine = (part.repeat(1, 2).to(dtype) for part in tables(torch.tensor([context - 1]), frequencies).unbind(-2))
+
+    def back(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cosine - torch.cat([-second, first], -1) * sine
+
+    def kernel() -> Tensor:
+        given = {"mask": None, "key_bias": None, "value_bias": None, "norm": None, "softcap": None, "sinks": None}
+        return back(kvshare_cpu.decode_on_cpu(turned, key, None, scaling=scaling, adjacent=False, eps=0.0, **given).to(dtype))
+
+    def stock() -> Tensor:
+        return back(sdpa_attention_forward(module, turned, key, key, None, scaling=scaling)[0])
+
+    def packed() -> Tensor:
+        rows = turned.view(batch, shape.heads, -1, shape.head_dim)
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, key, scale=scaling)
+        return back(out.view(batch, 1, shape.queries, shape.head_dim))
+
+    steps = {"rotated, kernel": kernel, "rotated, stock": stock, "rotated, packed": packed}
+    unturned = rotated(key[:1].double(), -angles, False)  # as it was rounded
+    asked = rotated(turned[:1].double(), -angles[-1:], False)
+    expected = rotated_attention(asked, unturned, angles[None, -1:], angles[None], scaling=scaling)
+    error = max(float((step()[:1].double() - expected).norm() / expected.norm()) for step in steps.values())
+    return steps, error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor-time", action="store_true", help="of all threads together, in place of the time that passes")
+    given = parser.parse_args()
+    clock = time.process_time if given.processor_time else time.perf_counter
+    torch.set_num_threads(given.threads)
+    unit = "ms of processor time" if given.processor_time else "ms"
+    print(f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, {unit}")
+    header = None
+    for shape in SHAPES:
+        for dtype in given.dtypes:
+            for batch in given.batch_sizes:
+                for context in given.contexts:
+                    steps, _ = prepare(shape, batch, context, getattr(torch, dtype))
+                    more, error = rotated_steps(shape, batch, context, getattr(torch, dtype))
+                    steps |= more
+                    times: dict[str, list[float]] = {name: [] for name in steps}
+                    names = list(steps)
+                    for turn in range(-1, given.rounds):
+                        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                            begin = clock()
+                            steps[name]()
+                            if turn >= 0:
+                                times[name].append(1e3 * (clock() - begin))
+                    if header is None:
+                        header = f"| shape | dtype | batch | cached | {' | '.join(names)} | shared / rotated, kernel | error |"
+                        print(header + "\n" + "|---" * (len(names) + 6) + "|")
+                    pairs = zip(times["shared"], times["rotated, kernel"], strict=True)
+                    lower, middle, upper = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
+                    shown = " | ".join(f"{statistics.median(times[name]):.2f}" for name in names)
+                    ratio = f"{middle:.2f} ({lower:.2f} to {upper:.2f})"
+                    print(f"| {shape.name} | {dtype} | {batch} | {context} | {shown} | {ratio} | {error:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
