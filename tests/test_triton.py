@@ -140,6 +140,7 @@ for capability, dtype, more in (
     (80, "*bf16", {"PACKED": True}),
     (90, "*bf16", {"PACKED": True, "NORM": True, "D": 128, "PAIRS": 64, "P": 64}),
     (90, "*fp16", {"PACKED": True, "KIND": 2}),
+    (90, "*bf16", {"PACKED": True, "PAIRS": 0, "R": 64}),
     (90, "*fp16", every | {"SPLIT": False, "M": 64, "PAIRS": 16, "R": 32, "MASK": 1}),
     (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
 ):

@@ -65,7 +65,7 @@ def _processors(device: torch.device) -> int:
 
 def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None) -> bool:
     """Whether keys are turned two at a time, in 16 bits: where nothing large is added to them, and squares stay in range."""
-    if interpreted() or query.dtype == torch.float32 or tabled or not pairs or key_bias is not None:
+    if interpreted() or query.dtype == torch.float32 or tabled or key_bias is not None:
         return False
     return norm is None or (query.dtype == torch.bfloat16 and 2 * pairs == head_dim)
 
