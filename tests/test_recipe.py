@@ -36,6 +36,8 @@ def test_shipped_recipes_are_valid_and_described(name: str, tmp_path: Path) -> N
     first = text.splitlines()[0]
     assert first.startswith("# ")
     assert first.endswith(".")
+    assert "\n# Cost: " in text
+    assert "\n# Measured on " in text
     recipe = load_recipe(name)
     for key, value in yaml.safe_load(text).items():
         section = getattr(recipe, key)
