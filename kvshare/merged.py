@@ -84,7 +84,7 @@ def write_merged(
         if all(COPIED.format(file) in journal for file in plan.source.file_bytes):
             summed = {file for file in plan.files if SUM.format(file) in journal}
     # reading, writing to the disk and checksums wait for the disk, merging computes: they do not wait for each other
-    with _background() as keeper, _background() as copier, _background() as summer:
+    with _background(drops=False) as keeper, _background() as copier, _background() as summer:
         copies = [copier.submit(_copy_tensors, file, writer, plan, journal, keeper) for file in sorted(plan.source.file_bytes)]
         kept: list[Future[None]] = []
         sums: dict[str, Future[None]] = {}
@@ -139,7 +139,7 @@ def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.dev
         BadCheckpointError: see `write_merged`.
     """
     writer = lay_out(folder, plan)
-    with _background() as keeper, _background() as copier:
+    with _background(drops=False) as keeper, _background() as copier:
         copies = [
             copier.submit(_copy_tensors, file, writer, plan, journal, keeper)
             for place, file in enumerate(sorted(plan.source.file_bytes))
@@ -169,13 +169,13 @@ def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
 
 
 @contextmanager
-def _background() -> Iterator[ThreadPoolExecutor]:
-    """A thread for work beside the merge; what has not begun when the merge fails is not begun any more."""
+def _background(drops: bool = True) -> Iterator[ThreadPoolExecutor]:
+    """A thread for work beside the merge. When that fails, what has not begun is dropped, unless it notes what is finished."""
     pool = ThreadPoolExecutor(1)
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=drops)
 
 
 def _merge(

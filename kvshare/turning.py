@@ -36,9 +36,7 @@ class TurnSums:
         self.sums = torch.zeros(shape, dtype=torch.complex128, device=weights.q.device)
         self.total = torch.zeros(shape[:2], dtype=torch.float64, device=weights.q.device)
 
-    def add(
-        self, attention: Tensor, head: int, rotate: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor
-    ) -> None:
+    def add(self, attention: Tensor, head: int, rotate: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor) -> None:
         """Add the attention weights of the query heads of one KV head.
 
         Args:

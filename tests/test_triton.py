@@ -16,6 +16,7 @@ from kvshare.runtime.reference import rotated, shared_attention
 pytest.importorskip("triton")
 from kvshare.runtime import kvshare_triton
 
+HALVES = ("llama", "norm", "sinks")  # tried in float16, too
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -38,8 +39,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvshare_triton.torch, "empty", empty)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in SHAPES for dtype in LIMITS if dtype != torch.float16 or name in HALVES], ids=str
+)
 def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
     arguments, expected = case(name, dtype, tile=64)
     got = attended(arguments)

@@ -125,10 +125,8 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
 
 def _columns(table: Tensor, columns: tuple[int, ...]) -> Tensor:
     """These columns of a table; without a copy of the numbers to the device where they lie evenly."""
-    step = columns[1] - columns[0] if len(columns) > 1 else 1
-    if step > 0 and columns == tuple(range(columns[0], columns[0] + step * len(columns), step)):
-        return table[..., columns[0] : columns[-1] + 1 : step]
-    return table[..., list(columns)]
+    even = slice(columns[0], columns[-1] + 1, max(1, columns[-1] - columns[0]) // max(1, len(columns) - 1) or 1)
+    return table[..., even if [*range(*even.indices(table.shape[-1]))] == [*columns] else list(columns)]
 
 
 def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str]) -> Tensor:
@@ -137,7 +135,7 @@ def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: 
 
 
 def tile_tables(
-    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], tile: int, by_number: bool
+    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], by_number: bool
 ) -> tuple[Tensor, Tensor]:
     """Rope where each tile of the cache begins, and within a tile: together they give every slot's.
 
@@ -150,17 +148,16 @@ def tile_tables(
         slots: positions of consecutive slots, (batch or 1, slots).
         pairs: how the family rotates.
         kind: the layer type, where the rotary embedding wants it.
-        tile: slots of a tile.
         by_number: whether tables have a column for each number that is rotated, sines with the sign of their term.
 
     Returns:
-        (batch or 1, tiles, 2, pairs) and (tile, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
+        (batch or 1, tiles, 2, pairs) and (TILE, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
     """
     last = slots.amax()
-    begins = slots[:, :1] + torch.arange(0, slots.shape[1], tile, device=slots.device)
+    begins = slots[:, :1] + torch.arange(0, slots.shape[1], TILE, device=slots.device)
     begins = torch.minimum(begins, last)  # beyond the last token lies the empty tail of a static cache
     # backwards from 0: positions beyond the last would change frequencies
-    within = -torch.arange(tile, device=slots.device).expand(len(slots), tile)
+    within = -torch.arange(TILE, device=slots.device).expand(len(slots), TILE)
     every = torch.cat([begins, within, last.expand(len(slots), 1)], 1)
     tables, count = slot_tables(rotary, inputs, every, pairs, kind), begins.shape[1]
     first, second = tables[:, :count], tables[0, count:-1]
@@ -231,11 +228,7 @@ def _kernel_tables(
     if inputs.shape[1] > FEW:
         tables = slot_tables(decoder.rotary_emb, inputs, slots, pairs, kind)
         return tables, tables.new_empty(0)
-    if choice.backend == "triton":
-        from . import kvshare_triton
-
-        return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, kvshare_triton.TILE, False)
-    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, TILE, pairs.adjacent)
+    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, choice.backend == "compiled" and pairs.adjacent)
 
 
 def cached_tables(
@@ -269,10 +262,8 @@ def cached_tables(
         if choice.backend == "eager":
             tables[kind] = decoder.rotary_emb(inputs, slots, *named)
         else:
-            tables[kind] = (
-                choice.backend,
-                *_kernel_tables(decoder, inputs, slots, decoder.kvshare_plan.pairs[kind], named, choice),
-            )
+            made = _kernel_tables(decoder, inputs, slots, decoder.kvshare_plan.pairs[kind], named, choice)
+            tables[kind] = (choice.backend, *made)
     return tables
 
 
@@ -289,13 +280,8 @@ def wanted() -> str | None:
 
 
 def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) -> Choice:
-    """What computes attention over the cache in a forward of new tokens `inputs` (batch, new tokens, hidden) over `slots` slots.
-
-    Args:
-        decoder: in shared form.
-        inputs: embeddings.
-        slots: the most that a layer reads.
-        arguments: of the forward.
+    """What computes attention over the cache in a forward with these arguments, of new tokens `inputs` (batch, new tokens, hidden)
+    over at most `slots` slots.
 
     Raises:
         ValueError: the environment asks for something that does not exist.

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kvshare_cpu import in_rows
+from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
 from .kvshare_kernels import attend_kernel, join_kernel
 
-TILE = 32  # slots that a program reads at a time; tables are made for it
 LEAST, MOST = 8, 128  # tiles of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
 PROGRAMS = 16  # for each processor of the device, at most
 
