@@ -286,22 +286,33 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
 
 
 def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> None:
-    """Perplexity over tokens of seed 0, a panel for every number of heads."""
+    """Perplexity above the source's over tokens, of the first seed of each way, a panel for every number of heads."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    ways = {"kl": BOTH, "cross-entropy": KEYS, "mean": WORST, "gqa": VALUES, "self": "#7a5fb5"}
+    ways = {"kl": BOTH, "self": "#7a5fb5", "cross-entropy": KEYS, "mean": WORST, "gqa": VALUES}
+
+    def curve(name: str) -> list[tuple[int, float]]:
+        return next((entry["curve"] for full, entry in entries.items() if full.partition(" seed ")[0] == name), [])
+
+    trained = curve("more training")
+    if not trained:
+        return
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(heads), 3.4), layout="constrained")
-        for axes, count in zip(figure.subplots(1, len(heads), squeeze=False)[0], heads, strict=True):
-            for way, colour in ways.items():
-                if curve := entries.get(f"{way} {count} seed 0", {}).get("curve"):
-                    axes.plot(*zip(*curve, strict=True), color=colour, marker="o", label=way)
-            if curve := entries.get("more training seed 0", {}).get("curve"):
-                axes.plot(*zip(*curve, strict=True), color=INK, linestyle="--", label="source, trained as long")
-            axes.set(yscale="log", xlabel="tokens", ylabel="held-out perplexity", title=f"{count} shared heads")
+        for axes, count in zip(figure.subplots(1, len(heads), squeeze=False, sharey=True)[0], heads, strict=True):
+            lines = {way: (curve(f"{way} {count}"), colour, "-", "o") for way, colour in ways.items()}
+            lines["source, trained as long"] = (trained, INK, "--", "")
+            for label, (points, colour, style, marker) in lines.items():
+                above = [(tokens / 1e3, 100 * (value / trained[0][1] - 1)) for tokens, value in points]
+                if shown := [point for point in above if point[1] > 0]:
+                    axes.plot(*zip(*shown, strict=True), color=colour, linestyle=style, marker=marker, label=label)
+            axes.set(yscale="log", xlabel="thousands of tokens", title=f"{count} shared heads")
+            axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.grid(visible=True)
             axes.legend()
+        figure.axes[0].set_ylabel("held-out perplexity above the source's")
         figure.savefig(file)
 
 

@@ -14,7 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def section(title: str) -> str:
-    """The text below the README's heading `## title`, up to the next heading.
+    """The text below the README's heading `## title`, up to the next heading; links into docs/ as from a page there.
 
     Raises:
         ValueError: the README has no such heading.
@@ -22,7 +22,7 @@ def section(title: str) -> str:
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError(f"the README has no section {title!r}")
-    return found[1].strip()
+    return found[1].strip().replace("](docs/", "](")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
