@@ -9,7 +9,7 @@ In: a model and two text files that share no document; every result is trained o
 `results/healing.json`, one entry per measurement, `healing.svg` (perplexity over tokens) and a Markdown table. A measurement that
 is in the file is not repeated, so the run may be stopped and started again. Nothing is chosen by the figures.
 
-Everything is trained by the same loop on the same rows with LoRA on queries, outputs and the MLP:
+Everything is trained by the same loop on the same rows with LoRA of rank 64 on queries, outputs and the MLP:
 
 - `kl`: the learned start and the loss of the recipes; `cross-entropy`: the text alone; `self`: text that the source wrote;
 - `svd`, `mean`: as `kl`, from these starts; `full`: as `svd`, with the attention trained in full, as the recipe `full`;
@@ -105,7 +105,7 @@ class Bench:
 
     def recipe(self, tokens: int, seed: int, data: str, **heal: Any) -> Recipe:
         """The default recipe with these settings of healing."""
-        given = {"tokens": tokens, "data": data, "dtype": "float32", **heal}
+        given = {"tokens": tokens, "data": data, "dtype": "float32", "lora_rank": 64, **heal}
         return load_recipe(None, seed=seed, **{f"heal__{name}": value for name, value in given.items()})
 
     def train(

@@ -103,10 +103,10 @@ class Heal(Section):
     sequence_length: Positive = 512
     batch_tokens: Positive = 2_048
     learning_rate: PositiveReal | None = None
-    """None: 1e-3 for a hidden_size of 128, falling with its square root."""
+    """None: 2e-3 for a hidden_size of 128 and a rank of 16, falling with the square roots of both."""
     shared_rate: PositiveReal = 0.05
     """Learning rate of the shared projections, as a fraction of the others'."""
-    lora_rank: Positive = 64
+    lora_rank: Positive = 16
     lora_targets: tuple[str, ...] = Field(
         (
             *("q_proj", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),

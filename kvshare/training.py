@@ -41,7 +41,8 @@ from kvshare.progress import Progress
 from kvshare.sections import Heal
 from kvshare.targets import Targets, make_targets
 
-BASE_RATE, BASE_HIDDEN = 1e-3, 128
+BASE_RATE, BASE_HIDDEN, BASE_RANK = 2e-3, 128, 16
+WARMUP = 16  # steps at least: the first ones are as large as the rate, however small the gradient
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,10 @@ def train(
     length = rows.shape[1]
     batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
     steps = math.ceil(len(rows) / batch)
-    rate = settings.learning_rate or BASE_RATE * math.sqrt(BASE_HIDDEN / int(student.config.hidden_size))
-    schedule = Schedule(micro, batch // (micro * processes.count()), steps, rate, warmup=min(0.05, 20 / steps))
+    size = BASE_HIDDEN / int(student.config.hidden_size) * BASE_RANK / settings.lora_rank
+    rate = settings.learning_rate or BASE_RATE * math.sqrt(size)
+    warmup = min(0.5, max(WARMUP / steps, min(0.05, 20 / steps)))  # of all steps
+    schedule = Schedule(micro, batch // (micro * processes.count()), steps, rate, warmup=warmup)
 
     def optimizer() -> torch.optim.Optimizer:
         return make_optimizer(adapted, family.k, rate, settings.shared_rate)
