@@ -104,7 +104,7 @@ def train(
     length = rows.shape[1]
     batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
     steps = math.ceil(len(rows) / batch)
-    size = BASE_HIDDEN / int(student.config.hidden_size) * BASE_RANK / settings.lora_rank
+    size = BASE_HIDDEN / int(student.config.hidden_size) * min(1.0, BASE_RANK / settings.lora_rank)
     rate = settings.learning_rate or BASE_RATE * math.sqrt(size)
     warmup = min(0.5, max(WARMUP / steps, min(0.05, 20 / steps)))  # of all steps
     schedule = Schedule(micro, batch // (micro * processes.count()), steps, rate, warmup=warmup)
