@@ -217,9 +217,9 @@ def in_turns(timers: dict[str, Callable[[], float]], pairs: int, seconds: float)
     return times
 
 
-def ratio(times: dict[str, list[float]], name: str) -> tuple[float, float, float]:
-    """Of a way's times to those of the shared one: the median, and the quartiles."""
-    every = [a / b for a, b in zip(times[name], times["shared"], strict=True)]
+def ratio(times: dict[str, list[float]], name: str, to: str = "shared") -> tuple[float, float, float]:
+    """Of a way's times to those of another: the median, and the quartiles."""
+    every = [a / b for a, b in zip(times[name], times[to], strict=True)]
     lower, middle, upper = statistics.quantiles(every, n=4, method="inclusive")
     return middle, lower, upper
 

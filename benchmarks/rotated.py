@@ -11,12 +11,14 @@ stock attention to which the query heads of a KV head are tokens. All give the s
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 
 import torch
-from decode import SHAPES, Native, Shape, prepare, tables
+from decode import SHAPES, Native, Shape, header, in_turns, prepare, ratio, show, tables
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -73,30 +75,25 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     unit = "ms of processor time" if given.processor_time else "ms"
     print(f"{given.threads} threads, torch {torch.__version__}, medians of {given.rounds} runs in turns, {unit}")
-    header = None
-    for shape in SHAPES:
-        for dtype in given.dtypes:
-            for batch in given.batch_sizes:
-                for context in given.contexts:
-                    steps, _ = prepare(shape, batch, context, getattr(torch, dtype))
-                    more, error = rotated_steps(shape, batch, context, getattr(torch, dtype))
-                    steps |= more
-                    times: dict[str, list[float]] = {name: [] for name in steps}
-                    names = list(steps)
-                    for turn in range(-1, given.rounds):
-                        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                            begin = clock()
-                            steps[name]()
-                            if turn >= 0:
-                                times[name].append(1e3 * (clock() - begin))
-                    if header is None:
-                        header = f"| shape | dtype | batch | cached | {' | '.join(names)} | shared / rotated, kernel | error |"
-                        print(header + "\n" + "|---" * (len(names) + 6) + "|")
-                    pairs = zip(times["shared"], times["rotated, kernel"], strict=True)
-                    lower, middle, upper = statistics.quantiles([a / b for a, b in pairs], n=4, method="inclusive")
-                    shown = " | ".join(f"{statistics.median(times[name]):.2f}" for name in names)
-                    ratio = f"{middle:.2f} ({lower:.2f} to {upper:.2f})"
-                    print(f"| {shape.name} | {dtype} | {batch} | {context} | {shown} | {ratio} | {error:.1e} |", flush=True)
+
+    def timer(step: Callable[[], Tensor]) -> Callable[[], float]:
+        def clocked() -> float:
+            begin = clock()
+            step()
+            return clock() - begin
+
+        clocked()
+        return clocked
+
+    ways = ("native", "packed", "shared", "rotated, kernel", "rotated, stock", "rotated, packed")
+    header("shape", "dtype", "batch", "cached", *ways, "shared / rotated, kernel", "error")
+    for shape, dtype, batch, context in product(SHAPES, given.dtypes, given.batch_sizes, given.contexts):
+        kind = getattr(torch, dtype)
+        steps = {name: work for name, (work, *_) in prepare(shape, batch, context, kind, 16, torch.device("cpu"))[0].items()}
+        more, error = rotated_steps(shape, batch, context, kind)
+        times = in_turns({name: timer(step) for name, step in (steps | more).items()}, given.rounds, math.inf)
+        medians = [f"{1e3 * statistics.median(times[name]):.2f}" for name in ways]
+        show(shape.name, dtype, batch, context, *medians, ratio(times, "shared", "rotated, kernel"), f"{error:.1e}")
 
 
 if __name__ == "__main__":
