@@ -96,10 +96,7 @@ def write_merged(
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
             sum_up()
-            begun: list[Future[Any]] = [*copies, *kept, *sums.values()]
-            for work in begun:
-                if work.done():
-                    work.result()  # what failed ends the merge
+            _end_with([*copies, *kept, *sums.values()])
 
         report = _merge(folder, writer, plan, rows, held_out, device, journal, finished, progress)
         for index, copy in enumerate(copies):
@@ -149,10 +146,7 @@ def write_share(folder: Path, plan: Plan, rows: Tensor | None, device: torch.dev
 
         def finished(layer: int, names: Sequence[str], report: LayerReport | None) -> None:
             kept.append(keeper.submit(_keep_layer, layer, names, report, writer, journal))
-            begun: list[Future[Any]] = [*copies, *kept]
-            for work in begun:
-                if work.done():
-                    work.result()
+            _end_with([*copies, *kept])
 
         _merge(folder, writer, plan, rows, None, device, journal, finished, progress, processes.is_own)
         for copy in copies:
@@ -166,6 +160,13 @@ def sum_share(folder: Path, plan: Plan, journal: Journal) -> None:
     for place, file in enumerate(plan.files):
         if processes.is_own(place) and SUM.format(file) not in journal:
             _sum(folder, file, plan, journal)
+
+
+def _end_with(begun: Sequence[Future[Any]]) -> None:
+    """What has failed beside the merge ends it."""
+    for work in begun:
+        if work.done():
+            work.result()
 
 
 @contextmanager

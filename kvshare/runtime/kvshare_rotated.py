@@ -27,22 +27,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import LOGGER, Plan, attend, choose, first_of
-from .kvshare_bits import BITS, dequantise, refuse, update
+from .kvshare_bits import BITS, dequantise, update
 from .modeling_kvshare import (
-    DROPOUTS,
     NORMS,
-    OUTPUTS,
     Rotary,
     SharedProjection,
     ValueBias,
-    _accept_empty,
+    _admit,
     _attention,
     _bias,
+    _by_stock,
     _normed,
     _rotated,
     _rotates,
     _standard,
     _stored_heads,
+    _to_hidden,
     _unique,
     shared_class,
 )
@@ -129,19 +129,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         else:
             if scales is not None:
                 shared = dequantise(shared, scales, query.dtype)
-            # Mistral reads its window from the config, others keep one per layer (None where attention is full).
-            window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
-            output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)(
-                self,
-                query,
-                shared,
-                shared,
-                attention_mask,
-                dropout=next((getattr(self, name) for name in DROPOUTS if hasattr(self, name)), 0.0) if self.training else 0.0,
-                scaling=self.scaling,
-                sliding_window=window,
-                **kwargs,
-            )
+            stock = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+            output, weights = _by_stock(self, stock, query, shared, shared, attention_mask, kwargs)
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
             output = _rotated(rotate, output.transpose(1, 2), back, width).transpose(1, 2)
@@ -149,9 +138,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value_bias is not None:  # (kv heads, head_dim) -> that of each query head
             each = _unique(value_bias.view(-1, self.head_dim), self.kvshare_repeat)
             output = output + each.repeat_interleave(output.shape[2] // len(each), 0)
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
-        return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training), weights
+        return _to_hidden(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
@@ -189,9 +176,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if past_key_values is not None:
-            for layer in self.kvshare_kinds.values():
-                refuse(past_key_values, layer, self.kvshare_bits)
-            _accept_empty(past_key_values)
+            _admit(self, past_key_values)
         if past_key_values is not None and not torch.compiler.is_compiling():  # which sees a whole forward in eager attention
             new = inputs_embeds.shape[1]
             slots = [past_key_values.get_mask_sizes(new, layer)[0] for layer in self.kvshare_kinds.values()]

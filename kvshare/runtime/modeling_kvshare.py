@@ -323,6 +323,22 @@ def _rotates(attention: Any, layer_type: str) -> bool:
     return bool(getattr(attention, "use_rope", True))
 
 
+def _by_stock(attention: Any, stock: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: dict[str, Any]) -> Any:
+    """What an attention function of transformers makes of rotated queries, keys and values, as the family calls it."""
+    # Mistral reads its window from the config, others keep one per layer (None where attention is full).
+    window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
+    dropout = next((getattr(attention, name) for name in DROPOUTS if hasattr(attention, name)), 0.0)
+    own = {"dropout": dropout if attention.training else 0.0, "scaling": attention.scaling}
+    own["sliding_window"] = window if getattr(attention, "is_sliding", True) else None
+    return stock(attention, query, key, value, mask, **own, **arguments)
+
+
+def _to_hidden(attention: Any, output: Tensor) -> Tensor:
+    """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
+    output = next(getattr(attention, name) for name in OUTPUTS if hasattr(attention, name))(output)
+    return nn.functional.dropout(output, p=getattr(attention, "residual_dropout", 0.0), training=attention.training)
+
+
 @functools.cache
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with q_proj, k_proj and v_proj, or one projection for all, and an output projection."""
@@ -341,11 +357,6 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         rope = self.config.rope_parameters
         scale = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
         return query * query_scale(arguments["position_ids"], *scale).to(query.dtype)
-
-    def project(self: Any, output: Tensor) -> Tensor:
-        """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
-        output = next(getattr(self, name) for name in OUTPUTS if hasattr(self, name))(output)
-        return nn.functional.dropout(output, p=getattr(self, "residual_dropout", 0.0), training=self.training)
 
     def forward(
         self: Any,
@@ -404,7 +415,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
                 None if value_bias is None else bias_of(self, value_bias),
                 _arguments(self),
             )
-            return project(self, output.flatten(2)), None
+            return _to_hidden(self, output.flatten(2)), None
         if scales is not None:
             shared = dequantise(shared, scales, query.dtype)
 
@@ -427,26 +438,13 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         query = scaled(self, query, kwargs)
         if value is None and _averages_first(self, query, attention_mask):
             output, weights = _attend_to_averages(self, eager, query, key, shared, attention_mask)
-            return project(self, output), weights
+            return _to_hidden(self, output), weights
         if value is None:
             value = _values_from_keys(self, shared)
 
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        # Mistral reads its window from the config, others keep one per layer (None where attention is full).
-        window = self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
-        output, weights = stock(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=next((getattr(self, name) for name in DROPOUTS if hasattr(self, name)), 0.0) if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=window if getattr(self, "is_sliding", True) else None,
-            **_arguments(self),
-            **kwargs,
-        )
-        return project(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        output, weights = _by_stock(self, stock, query, key, value, attention_mask, _arguments(self) | kwargs)
+        return _to_hidden(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Move or cast the weights; what was made of them is made again when it is needed."""
@@ -675,6 +673,13 @@ def _accept_empty(cache: Any) -> None:
             layer._quantize, layer._dequantize = store, read
 
 
+def _admit(decoder: Any, cache: Any) -> None:
+    """Make a cache ready for what a decoder's layers put into it, or refuse it."""
+    for layer in decoder.kvshare_kinds.values():
+        refuse(cache, layer, decoder.kvshare_bits)
+    _accept_empty(cache)
+
+
 @functools.cache
 def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
@@ -683,9 +688,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
-            for layer in self.kvshare_kinds.values():
-                refuse(past_key_values, layer, self.kvshare_bits)
-            _accept_empty(past_key_values)
+            _admit(self, past_key_values)
             if getattr(self, "rotary_emb", None) is not None:
                 given = kwargs["inputs_embeds"] if input_ids is None else input_ids
                 if position_ids is None:
@@ -728,9 +731,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             past_key_values = DynamicCache(config=self.config)
         positions: dict[str, Any] = {}
         if past_key_values is not None:
-            for layer in self.kvshare_kinds.values():
-                refuse(past_key_values, layer, self.kvshare_bits)
-            _accept_empty(past_key_values)
+            _admit(self, past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
