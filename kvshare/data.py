@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SEPARATOR = "<|endoftext|>"
+BETWEEN_WORDS = re.compile(r"\w \w")
 SHUFFLE_DOCUMENTS = 10_000
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
 PART_SEED = 104_729  # how far the seeds of a mixture's parts lie apart
-LONGEST_DOCUMENT = 1 << 23  # characters; a tokenizer takes 150 bytes for each
+LONGEST_DOCUMENT = 1 << 23  # characters
+PIECE = 1 << 16  # characters that are tokenised at a time; a tokenizer takes 150 to 300 bytes for each
 FORMS = "a .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
 
 
@@ -142,6 +144,25 @@ def _json_documents(path: str) -> Iterator[dict[str, Any]]:
                 yield {"text": record.get("text") if isinstance(record, dict) else None}
 
 
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int]]:
+    """The token ids of a document, of a long one piece by piece: nobody needs all tokens of a book at once.
+
+    Pieces begin with a space between two words, where tokenizers separate anyway, or without such a place behind a line.
+    """
+    start = 0
+    while start < len(text):
+        end = len(text)
+        if end - start > PIECE:
+            end = start + PIECE
+            places = [match.start() + 1 for match in BETWEEN_WORDS.finditer(text, end - PIECE // 16, end)]
+            end = places[-1] if places else text.rfind("\n", start + PIECE // 2, end) + 1 or end
+        ids = tokenizer(text[start:end], add_special_tokens=start == 0, verbose=False)["input_ids"]
+        if ids and ids[-1] == tokenizer.eos_token_id and end < len(text):
+            ids.pop()  # some close whatever they are given
+        yield ids
+        start = end
+
+
 def _part(text: str) -> str:
     """The beginning of a very long document, up to a space or the end of a line."""
     end = max(text.rfind(sign, LONGEST_DOCUMENT // 2, LONGEST_DOCUMENT) for sign in (" ", "\n"))
@@ -196,7 +217,10 @@ def token_rows(
     while len(ids) < wanted:
         before = len(ids)
         for text in documents(data, None if seed is None else seed + 7919 * epoch):
-            ids.extend(tokenizer(text, verbose=False)["input_ids"])
+            for piece in _token_ids(tokenizer, text):
+                ids.extend(piece)
+                if len(ids) >= wanted:
+                    break
             if ids[-1] != tokenizer.eos_token_id:
                 ids.append(tokenizer.eos_token_id)
             if len(ids) >= wanted:

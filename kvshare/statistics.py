@@ -177,8 +177,8 @@ def take_moments(
     for index, (call, heads) in enumerate(zip(calls, plan.layer_heads, strict=True)):
         progress("calibrating layers", index, len(calls))
         assert heads
-        layer = read_layer(skeleton, index, device)
-        yield source_moments(layer, plan, call, hidden, heads, device, advances=index < len(calls) - 1)
+        # the layer has no name here, or it would be in memory until the next one has been read
+        yield source_moments(read_layer(skeleton, index, device), plan, call, hidden, heads, device, index < len(calls) - 1)
     progress("calibrating layers", len(calls), len(calls))
 
 

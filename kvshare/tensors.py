@@ -54,10 +54,11 @@ def read_tensor(folder: Path, spec: TensorSpec) -> Tensor:
         raise UnsupportedModelError(
             f"the tensor {spec.name} is stored as {spec.dtype}", f"kvshare reads {', '.join(DTYPES)}", "give the unquantised model"
         )
+    raw = bytearray(spec.bytes)
     with (folder / spec.file).open("rb") as stream:
         stream.seek(spec.start)
-        raw = bytearray(stream.read(spec.bytes))
-    if len(raw) != spec.bytes:
+        filled = stream.readinto(raw)
+    if filled != spec.bytes:
         raise BadCheckpointError(
             f"the file {folder / spec.file} ends inside {spec.name}",
             "it became shorter while it was read",

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from conftest import TEXT, TINY_FOLDER, edit_json
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvshare import data as data_module
@@ -130,6 +131,47 @@ def test_repeating_shuffles_anew(files: dict[str, str], tokenizer: Any) -> None:
     second = twice[size:]
     assert not torch.equal(second[:100], twice[:100])
     assert Counter(second.tolist()) - Counter(twice[:size].tolist()) == Counter()
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["as it is", "begun and closed by the tokenizer"])
+@pytest.mark.parametrize(
+    "text",
+    [" ".join(TEXTS), "\n".join(TEXTS).replace(" ", "_"), "".join(TEXTS).replace(" ", "")],
+    ids=["words", "lines", "neither"],
+)
+def test_long_documents_are_tokenised_in_pieces(
+    tmp_path: Path, tokenizer: Any, text: str, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if closed:
+        mark = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{mark} $A {mark}", special_tokens=[(mark, tokenizer.eos_token_id)]
+        )
+    given: list[str] = []
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, piece: str, **settings: Any) -> Any:
+            given.append(piece)
+            return tokenizer(piece, **settings)
+
+    monkeypatch.setattr(data_module, "PIECE", 256)
+    counting: Any = Counting()
+    ids = token_rows(write(tmp_path, text), counting, 10**6, 1).flatten()
+    assert len(given) > 5
+    assert max(map(len, given)) <= 256
+    assert "".join(given) == text
+    whole = tokenizer(text)["input_ids"]
+    whole = whole if closed else [*whole, tokenizer.eos_token_id]
+    assert ids.tolist().count(tokenizer.eos_token_id) == 1 + closed
+    assert tokenizer.decode(ids) == tokenizer.decode(whole)
+    if " " in text:
+        assert ids.tolist() == whole
+    given.clear()
+    few = token_rows(write(tmp_path, text), counting, 64, 64).flatten()
+    assert torch.equal(few, ids[:64])
+    assert sum(map(len, given)) <= 512  # the others are not looked at
 
 
 def test_text_that_fills_no_row_is_refused(tmp_path: Path, tokenizer: Any) -> None:
