@@ -83,10 +83,10 @@ def build(shape: Shape, folder: Path, shard: int = SHARD) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    sizes = [("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))]
+    sizes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (shape.vocabulary, shape.hidden))]
     wide, narrow = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for layer in range(shape.layers):
-        for name, size in (
+        parts: tuple[tuple[str, tuple[int, ...]], ...] = (
             ("input_layernorm", (shape.hidden,)),
             ("self_attn.q_proj", (wide, shape.hidden)),
             ("self_attn.k_proj", (narrow, shape.hidden)),
@@ -96,8 +96,8 @@ def build(shape: Shape, folder: Path, shard: int = SHARD) -> Path:
             ("mlp.gate_proj", (shape.intermediate, shape.hidden)),
             ("mlp.up_proj", (shape.intermediate, shape.hidden)),
             ("mlp.down_proj", (shape.hidden, shape.intermediate)),
-        ):
-            sizes.append((f"model.layers.{layer}.{name}.weight", size))
+        )
+        sizes += [(f"model.layers.{layer}.{part}.weight", size) for part, size in parts]
     sizes.append(("model.norm.weight", (shape.hidden,)))
     if not shape.tied:
         sizes.append(("lm_head.weight", (shape.vocabulary, shape.hidden)))

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,13 @@ def prepare(
         key[row] = rotated(normed, angles, False)
     query = torch.randn(batch, shape.queries, 1, shape.head_dim, generator=generator, device=device).to(dtype)
     module, scaling = Native(shape.queries // shape.heads), shape.head_dim**-0.5
+    tile = kvshare_cpu.TILE
     if device.type == "cpu":
-        attend, tile = kvshare_cpu.decode_on_cpu, kvshare_cpu.TILE
+        attend = kvshare_cpu.decode_on_cpu
     else:
         from kvshare.runtime import kvshare_triton
 
-        attend, tile = kvshare_triton.attend_on_gpu, kvshare_triton.TILE
+        attend = kvshare_triton.attend_on_gpu
     known = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
     given: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "softcap", "sinks"))
     given |= {"scaling": scaling, "adjacent": False, "norm": norm, "eps": 1e-6}
@@ -164,9 +166,9 @@ def prepare(
     for copy in range(copies):
         k, v = (key, shared) if device.type == "cpu" else (key.clone(), shared.clone())
         n, s = (numbers, scales) if not copy else (numbers.clone(), None if scales is None else scales.clone())
-        steps["native"].append(lambda k=k, v=v: native(k, v))
-        steps["packed"].append(lambda k=k, v=v: packed(k, v))
-        steps["shared"].append(lambda n=n, s=s: step(n, s))
+        steps["native"].append(partial(native, k, v))
+        steps["packed"].append(partial(packed, k, v))
+        steps["shared"].append(partial(step, n, s))
     return steps, error
 
 
@@ -427,7 +429,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a property of the module
     device = best_device()
     rate = copy_rate(device) if device.type == "cuda" else 0.0
     named = torch.cuda.get_device_name(device) if rate else f"{given.threads} threads, {kvshare_cpu.compiler()}"

@@ -41,8 +41,8 @@ def regrouped(source: Any, rows: Tensor, kv_heads: int) -> Qwen3ForCausalLM:
         for part in ("q", "k"):
             getattr(layer.self_attn, f"{part}_proj").register_forward_hook(keep(f"{index}.{part}"))
     source(input_ids=rows, use_cache=False)
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    fields += ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    fields = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+    fields += ["max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"]
     model = Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=kv_heads, **{name: getattr(old, name) for name in fields}))
     weights = dict(source.state_dict())
     for index in range(old.num_hidden_layers):

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import transformers
-from quality import Book, converted, figures, quantised
+from quality import Book, Texts, converted, figures, quantised
 from torch import Tensor, nn
 
 import kvshare
@@ -54,14 +54,28 @@ from kvshare.source import open_source
 from kvshare.tensors import best_device
 from kvshare.training import train
 
-TEXT_ALONE = {"kl": 0.0, "cross_entropy": 1.0}
+TEXT_ALONE: dict[str, Any] = {"kl": 0.0, "cross_entropy": 1.0}
 POINTS = 8  # of the curve, evenly spread
+
+
+class Options(Texts):
+    """All that this benchmark is given."""
+
+    model: str
+    heads: list[int]
+    seeds: int
+    heal_tokens: int
+    speed_tokens: int
+    curve_rows: int
+    recall: Path | None
+    only: str
+    table: bool
 
 
 class Bench:
     """What all measurements of a model share; the models are loaded anew for each."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options) -> None:
         self.options, self.device = options, best_device()
         self.source = open_source(options.model)
         self.tokenizer = load_tokenizer(self.source.path)
@@ -223,7 +237,7 @@ def measure_all(book: Book, bench: Bench) -> None:
 
     book.measure("speed", lambda: speeds(bench))
     for bits in (8, 4):
-        book.measure(f"int{bits}", lambda b=bits: quantised(options.model, None, b, options))
+        book.measure(f"int{bits}", partial(quantised, options.model, None, bits, options))
     for seed in range(options.seeds):
         measure("more training", lambda: bench.whole(bench.teacher()), seed, **TEXT_ALONE, lora_targets=_with_values(bench))
         for heads in options.heads:
@@ -331,7 +345,7 @@ def main() -> None:
     parser.add_argument("--recall", type=Path, help="questions: .jsonl with prompt and answer")
     parser.add_argument("--only", default="", help="measure only what this regular expression finds in the name")
     parser.add_argument("--table", action="store_true", help="print the table of what is measured, draw the plot, and stop")
-    options = parser.parse_args()
+    options = parser.parse_args(namespace=Options())
     if not options.table and not (options.train_data and options.eval_data):
         parser.error("--train-data and --eval-data are needed to measure")
     transformers.utils.logging.disable_progress_bar()

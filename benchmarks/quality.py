@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from kvshare.loading import load_native
 from kvshare.progress import silent
 from kvshare.recipe import load_recipe
 from kvshare.retrieval import read_questions, recall
+from kvshare.sections import Form
 from kvshare.source import open_source
 from kvshare.tensors import best_device
 
@@ -50,6 +52,30 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 REGROUPING = ("heads merged first, K and V shared after", "neighbouring heads merged")  # nothing to show with every head kept
 BUDGETS = (0.5, 0.375, 0.25, 0.125)
 FIGURES = ("perplexity_increase", "kl", "token_agreement", "cache_reduction", "perplexity", "source_perplexity")
+
+
+class Texts(argparse.Namespace):
+    """What the measurement of a conversion is given."""
+
+    form: Form = "shared"
+    train_data: str
+    eval_data: str
+    eval_tokens: int
+    out: Path
+
+
+class Options(Texts):
+    """All that this benchmark is given."""
+
+    model: str
+    heads: list[int]
+    seeds: int
+    heal_tokens: int
+    recall_model: str | None
+    recall: Path
+    recall_data: str
+    only: str
+    table: bool
 
 
 class Book:
@@ -79,9 +105,7 @@ def figures(report: Any) -> dict[str, Any]:
     return {key: values[key] for key in FIGURES}
 
 
-def converted(
-    model: str, init: str, heads: int, seed: int, options: argparse.Namespace, train: str, ablation: str = "as it is"
-) -> Path:
+def converted(model: str, init: str, heads: int, seed: int, options: Texts, train: str, ablation: str = "as it is") -> Path:
     """The unhealed checkpoint of these settings, converted once."""
     which = "" if options.form == "shared" else f"{options.form}-"
     which += init if ablation == "as it is" else ablation.replace(" ", "-")
@@ -102,15 +126,13 @@ def converted(
     return output
 
 
-def unhealed(
-    model: str, init: str, heads: int, seed: int, options: argparse.Namespace, ablation: str = "as it is"
-) -> dict[str, Any]:
+def unhealed(model: str, init: str, heads: int, seed: int, options: Options, ablation: str = "as it is") -> dict[str, Any]:
     folder = converted(model, init, heads, seed, options, options.train_data, ablation)
     report = json.loads((folder / "report.json").read_text())
     return {key: report[key] for key in FIGURES}
 
 
-def healed(model: str, init: str, heads: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def healed(model: str, init: str, heads: int, seed: int, options: Options) -> dict[str, Any]:
     folder = converted(model, init, heads, seed, options, options.train_data)
     output = options.out / f"{folder.name}-healed"
     if not output.exists():
@@ -118,7 +140,7 @@ def healed(model: str, init: str, heads: int, seed: int, options: argparse.Names
     return figures(kvshare.evaluate(output, model, options.eval_data, tokens=options.eval_tokens))
 
 
-def within_budget(model: str, budget: float, options: argparse.Namespace) -> dict[str, Any]:
+def within_budget(model: str, budget: float, options: Options) -> dict[str, Any]:
     """The heads that a cache budget chooses, layer by layer, and what they cost together."""
     output = options.out / f"{Path(model).name}-budget-{budget}"
     if not output.exists():
@@ -139,7 +161,7 @@ def within_budget(model: str, budget: float, options: argparse.Namespace) -> dic
     }
 
 
-def quantised(model: str, folder: Path | None, bits: int, options: argparse.Namespace) -> dict[str, Any]:
+def quantised(model: str, folder: Path | None, bits: int, options: Texts) -> dict[str, Any]:
     """The source, or a converted checkpoint, with its cache held in so many bits."""
     source = load_native(open_source(model).path, dtype=torch.float32).to(best_device())
     student = source if folder is None else kvshare.load(folder, dtype=torch.float32).to(best_device())
@@ -150,13 +172,18 @@ def quantised(model: str, folder: Path | None, bits: int, options: argparse.Name
     return values | {"source_perplexity": report.perplexity / (1 + report.perplexity_increase)}
 
 
-def recalled(model: str, folder: Path | None, options: argparse.Namespace) -> dict[str, Any]:
+def recalled(model: str, folder: Path | None, options: Options) -> dict[str, Any]:
     path = open_source(model).path
     net = load_native(path, dtype=torch.float32) if folder is None else kvshare.load(folder, dtype=torch.float32)
     return {"recall": recall(net.to(best_device()), load_tokenizer(path), read_questions(options.recall))}
 
 
-def healed_recall(model: str, init: str, heads: int, options: argparse.Namespace) -> dict[str, Any]:
+def converted_recall(model: str, init: str, heads: int, options: Options) -> dict[str, Any]:
+    """Recall of a conversion."""
+    return recalled(model, converted(model, init, heads, 0, options, options.recall_data), options)
+
+
+def healed_recall(model: str, init: str, heads: int, options: Options) -> dict[str, Any]:
     """Recall after healing with a quarter of the tokens."""
     folder = converted(model, init, heads, 0, options, options.recall_data)
     output = options.out / f"{folder.name}-healed"
@@ -211,13 +238,13 @@ def table(book: Book, heads: list[int], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def measure_all(book: Book, options: argparse.Namespace) -> None:
+def measure_all(book: Book, options: Options) -> None:
     """Every measurement, the quick ones first."""
     model, heads = options.model, options.heads
     for count in heads:
-        book.measure(f"mean {count} seed 0", lambda c=count: unhealed(model, "mean", c, 0, options))
+        book.measure(f"mean {count} seed 0", partial(unhealed, model, "mean", count, 0, options))
         for seed in range(options.seeds):
-            book.measure(f"svd {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "svd", c, s, options))
+            book.measure(f"svd {count} seed {seed}", partial(unhealed, model, "svd", count, seed, options))
     book.measure("int8 cache", lambda: quantised(model, None, 8, options))
     half = heads[0]
     try:
@@ -232,30 +259,28 @@ def measure_all(book: Book, options: argparse.Namespace) -> None:
     if options.recall_model:
         measure_recall(book, options)
     for budget in BUDGETS:
-        book.measure(f"budget {budget} seed 0", lambda b=budget: within_budget(model, b, options))
+        book.measure(f"budget {budget} seed 0", partial(within_budget, model, budget, options))
     for init in ("svd", "learned", "mean"):
         for count in heads:
-            book.measure(f"{init} {count} seed 0", lambda c=count, i=init: unhealed(model, i, c, 0, options))
-            book.measure(f"{init} {count} healed seed 0", lambda c=count, i=init: healed(model, i, c, 0, options))
+            book.measure(f"{init} {count} seed 0", partial(unhealed, model, init, count, 0, options))
+            book.measure(f"{init} {count} healed seed 0", partial(healed, model, init, count, 0, options))
     for ablation, count in product(ABLATIONS, heads):
         if ablation != "as it is" and not (ablation in REGROUPING and count == max(heads)):
-            book.measure(f"svd {count} with {ablation}", lambda c=count, a=ablation: unhealed(model, "svd", c, 0, options, a))
+            book.measure(f"svd {count} with {ablation}", partial(unhealed, model, "svd", count, 0, options, ablation))
     for seed, count in product(range(1, options.seeds), heads):
-        book.measure(f"learned {count} seed {seed}", lambda c=count, s=seed: unhealed(model, "learned", c, s, options))
+        book.measure(f"learned {count} seed {seed}", partial(unhealed, model, "learned", count, seed, options))
 
 
-def measure_recall(book: Book, options: argparse.Namespace) -> None:
+def measure_recall(book: Book, options: Options) -> None:
     """Recall of a model that can do it: as it was, converted, converted and healed."""
     teller = options.recall_model
+    assert teller is not None
     book.measure("source recall", lambda: recalled(teller, None, options))
     for count in options.heads:
         for init in INITS:
-            book.measure(
-                f"{init} {count} recall",
-                lambda c=count, i=init: recalled(teller, converted(teller, i, c, 0, options, options.recall_data), options),
-            )
+            book.measure(f"{init} {count} recall", partial(converted_recall, teller, init, count, options))
         for init in ("svd", "learned"):
-            book.measure(f"{init} {count} healed recall", lambda c=count, i=init: healed_recall(teller, i, c, options))
+            book.measure(f"{init} {count} healed recall", partial(healed_recall, teller, init, count, options))
 
 
 def main() -> None:
@@ -274,7 +299,7 @@ def main() -> None:
     parser.add_argument("--recall-data", default="self", help="text to calibrate and heal that model on")
     parser.add_argument("--only", default="", help="measure only what this regular expression finds in the name")
     parser.add_argument("--table", action="store_true", help="print the table of what is measured and stop")
-    options = parser.parse_args()
+    options = parser.parse_args(namespace=Options())
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options.out.mkdir(parents=True, exist_ok=True)
