@@ -1,0 +1,54 @@
+"""Benchmarks still run: what they call has not changed under them. Their figures here are of next to no text and mean nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a benchmark's `main` with these arguments."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # what they set comes back
+    threads = torch.get_num_threads()
+
+    def call(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(name).main()
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_quality_and_healing_measure(run: Any, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--train-data", text_file, "--eval-data", text_file, "--eval-tokens", "1024", "--heal-tokens", "1024"]
+    given += ["--out", str(tmp_path), "--seeds", "1", "--heads", "8"]
+    run("quality", *given, "--only", "^(mean 8 seed 0|int8 cache)$")
+    measured = json.loads((tmp_path / "quality.json").read_text())
+    assert set(measured) == {"mean 8 seed 0", "int8 cache"}
+    named = ("more training", "mean 8")
+    run("healing", *given, "--speed-tokens", "4096", "--curve-rows", "1", "--only", f"^(({'|'.join(named)}) seed 0|speed)$")
+    measured = json.loads((tmp_path / "healing.json").read_text())
+    assert set(measured) == {*(f"{name} seed 0" for name in named), "speed"}
+    capsys.readouterr()
+    run("healing", *given, "--table")
+    table = capsys.readouterr().out
+    assert all(f"| {name} | " in table for name in named)
+    assert (tmp_path / "healing.svg").stat().st_size > 1000
+
+
+def test_decoding_steps_are_timed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--contexts", "64", "--batch-sizes", "1", "--dtypes", "bfloat16", "--threads", "1"]
+    run("decode", *given, "--pairs", "2", "--bits", "16", "8", "--shapes", "Qwen3-4B")
+    assert capsys.readouterr().out.count("| Qwen3-4B |") == 2
+    run("rotated", *given, "--rounds", "2")
+    assert "| 64 |" in capsys.readouterr().out
