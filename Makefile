@@ -27,7 +27,7 @@ docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 notebooks: $(INSTALLED)
-	$(BIN)/python -m jupyter execute --timeout 600 $(NOTEBOOKS)
+	$(BIN)/python -m jupyter execute --timeout 1800 $(NOTEBOOKS)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

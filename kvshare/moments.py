@@ -25,9 +25,9 @@ from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.sections import Form
 from kvshare.turning import TurnSums
 
-CHUNK_NUMBERS = 1 << 24  # attention weights of the rows that are looked at together
+CHUNK_NUMBERS = 1 << 25  # attention weights of the rows that are looked at together
 BLOCK_TOKENS = 64  # queries whose attention weights are held at one time, so few that they stay in a cache
-METRIC_TOKENS = 32  # tokens of a row at which Lambda is taken
+METRIC_TOKENS = 16  # tokens of a row at which Lambda is taken
 ROPE_AVERAGE = 0.25  # part of Lambda that is averaged over all relative positions, in which rope pairs do not mix
 EVEN = 0.1  # part of the weight of a row's keys that is spread evenly over them
 ROW_SUM = 1 << 27  # numbers in a group's moments beyond which its heads share them
