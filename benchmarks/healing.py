@@ -12,6 +12,7 @@ is in the file is not repeated, so the run may be stopped and started again. Not
 Everything is trained by the same loop on the same rows with LoRA of rank 64 on queries, outputs and the MLP:
 
 - `kl`: the learned start and the loss of the recipes; `cross-entropy`: the text alone; `self`: text that the source wrote;
+- `budget`: as `kl`, with half of the cache, but as many heads in each layer as it bears;
 - `svd`, `mean`: as `kl`, from these starts; `full`: as `svd`, with the attention trained in full, as the recipe `full`;
 - `progressive`, `mean progressive`: attention passes from the source's to the shared one over the first 30 % of the training;
 - `gqa`: K and V kept apart, neighbouring heads averaged to half as many as `kl` shares, so that the cache is the same;
@@ -55,6 +56,7 @@ from kvshare.tensors import best_device
 from kvshare.training import train
 
 TEXT_ALONE: dict[str, Any] = {"kl": 0.0, "cross_entropy": 1.0}
+BUDGET = 0.5  # of the source's cache: what half of its bytes buy where layers share unequally
 POINTS = 8  # of the curve, evenly spread
 
 
@@ -96,6 +98,23 @@ class Bench:
         """A converted model that is not healed."""
         folder = converted(self.options.model, init, heads, seed, self.options, self.options.train_data)
         return kvshare.load(folder, dtype=torch.float32).to(self.device)
+
+    def budgeted(self, budget: float, seed: int) -> Any:
+        """A converted model that is not healed, whose layers share as many heads as they bear."""
+        options = self.options
+        output = options.out / f"{self.source.path.name}-budget-{budget}-{seed}"
+        if not output.exists():
+            kvshare.convert(
+                options.model,
+                output,
+                recipe=load_recipe("eighth", kv_heads="all", cache_budget=budget),
+                calibration=options.train_data,
+                heal=False,
+                seed=seed,
+                eval_data=options.eval_data,
+                eval_tokens=options.eval_tokens,
+            )
+        return kvshare.load(output, dtype=torch.float32).to(self.device)
 
     def grouped(self, heads: int) -> Any:
         """The source with neighbouring KV heads averaged, K and V apart."""
@@ -249,6 +268,7 @@ def measure_all(book: Book, bench: Bench) -> None:
             if heads == bench.heads:
                 measure(f"svd {heads}", partial(bench.shared, "svd", heads, seed), seed)
                 measure(f"full {heads}", partial(bench.shared, "svd", heads, seed), seed, attention="full")
+                measure(f"budget {BUDGET}", partial(bench.budgeted, BUDGET, seed), seed)
                 measure(f"progressive {heads}", start, seed, progressive=0.3)
                 measure(f"mean progressive {heads}", partial(bench.shared, "mean", heads, seed), seed, progressive=0.3)
             if heads % 2 == 0:
