@@ -24,7 +24,7 @@ from kvshare.source import open_source, read_json
 from kvshare.streaming import open_skeleton, read_layer
 
 TOKENS = 8_192  # that they are taken on: enough for a size within about a percent
-LEAST = 0.01  # of a head's mean size: channels that hardly move are rounded as if they moved so much
+LEAST = 0.001  # of the root mean square size of a head's channels: what moves less is rounded as if it moved so much
 
 
 @dataclass
