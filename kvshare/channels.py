@@ -1,4 +1,4 @@
-"""Mean and size of every channel that a shared cache holds, taken on text: what a cache in few bits is quantised by.
+"""Middle and size of every channel that a shared cache holds, taken on text: what a cache in few bits is quantised by.
 
 In: a checkpoint's folder, rows of text. Out: `kvshare_channels.json` in it. Never: changes a weight, holds more than one layer.
 """
@@ -23,35 +23,40 @@ from kvshare.runtime.kvshare_channels import FILE, MOST, Channels, as_text
 from kvshare.source import open_source, read_json
 from kvshare.streaming import open_skeleton, read_layer
 
-TOKENS = 8_192  # that they are taken on: enough for a size within about a percent
+TOKENS = 8_192  # that they are taken on
+BEYOND = 512  # of so many tokens, one may lie above the range of a channel, and one below: those that begin a text are often unlike
 LEAST = 0.001  # of the root mean square size of a head's channels: what moves less is rounded as if it moved so much
 
 
 @dataclass
-class ChannelSums:
-    """Sums of what a layer's channels are, float64, one batch at a time."""
+class ChannelRanges:
+    """The numbers of every channel that lie farthest out, one batch at a time: `count` of the largest, and of the smallest."""
 
-    tokens: int = 0
-    total: Tensor | None = None
-    squares: Tensor | None = None
+    count: int
+    largest: Tensor | None = None
+    smallest: Tensor | None = None
 
     def add(self, states: Tensor) -> None:
         """Add a batch, (..., kv heads, head_dim)."""
-        values = states.flatten(0, -3).double()
-        total, squares = values.sum(0), values.square().sum(0)
-        self.tokens += len(values)
-        self.total = total if self.total is None else self.total + total
-        self.squares = squares if self.squares is None else self.squares + squares
+        values = states.flatten(0, -3)
+        self.largest, self.smallest = self._first(self.largest, values, True), self._first(self.smallest, values, False)
+
+    def _first(self, kept: Tensor | None, values: Tensor, largest: bool) -> Tensor:
+        """The outermost of those that are kept and new ones, (numbers, kv heads, head_dim)."""
+        values = values if kept is None else torch.cat([kept, values])
+        return values.topk(min(self.count, len(values)), 0, largest).values
 
     def channels(self) -> Channels:
-        """Means and sizes; a channel that never moved has a share of the size of its head, or 1 where none moved."""
-        assert self.total is not None
-        assert self.squares is not None
-        mean = self.total / self.tokens
-        variance = (self.squares / self.tokens - mean.square()).clamp_min(0)
-        size = torch.maximum(variance, LEAST**2 * variance.mean(-1, keepdim=True)).sqrt()
+        """Middles and sizes of the ranges between the last of the largest and of the smallest; a channel that never moved has a
+        share of the size of its head, or 1 where none moved.
+        """
+        assert self.largest is not None
+        assert self.smallest is not None
+        upper, lower = self.largest[-1].double(), self.smallest[-1].double()
+        size = (upper - lower) / 2
+        size = torch.maximum(size, LEAST * size.square().mean(-1, keepdim=True).sqrt())
         size = torch.where(size > 1 / MOST**0.5, size, torch.ones_like(size))
-        return Channels(*(value.float().cpu()[:, None] for value in (mean, size)))
+        return Channels(*(value.float().cpu()[:, None] for value in ((upper + lower) / 2, size)))
 
 
 def write_channels(folder: Path, rows: Tensor, device: torch.device, progress: Progress = silent) -> None:
@@ -101,10 +106,10 @@ def _layer_channels(
     layer: nn.Module, family: Family, shape: tuple[int, int], hidden: Tensor, call: LayerCall, device: torch.device
 ) -> Channels:
     """The channels of a layer in native form, of KV heads and head_dim `shape`, that hidden states (rows, length, hidden) enter."""
-    attention, sums = attention_of(layer, family), ChannelSums()
+    attention, ranges = attention_of(layer, family), ChannelRanges(1 + hidden.shape[0] * hidden.shape[1] // BEYOND)
     weights = read_weights(attention, family, shape[1], rotary_dim(attention, family, call)).unrepeated(shape[0])
     for batch in batches(hidden):
-        sums.add((enters(layer, attention, batch.to(device), call) @ weights.k.T).unflatten(-1, shape))
+        ranges.add((enters(layer, attention, batch.to(device), call) @ weights.k.T).unflatten(-1, shape))
     # where rope pairs lie side by side, weights are read in another order than the cache has
     order = pair_order(shape[1], weights.rotated).argsort() if family.interleaved else slice(None)
-    return Channels(*(value[..., order] for value in sums.channels()))
+    return Channels(*(value[..., order] for value in ranges.channels()))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvshare.loading import Forward
-from kvshare.runtime.kvshare_bits import alike, in_steps, restored
+from kvshare.runtime.kvshare_bits import in_steps, restored
 from kvshare.runtime.kvshare_channels import Channels, channels_on
 from kvshare.timing import cached_tensors
 
@@ -24,12 +24,12 @@ SCALE_BYTES = 2  # a float16 for every token and head, of keys and of values
 def round_trip(x: Tensor, bits: int, channels: Channels | None = None) -> Tensor:
     """Numbers x (batch, heads, tokens, width) through integers of `bits` bits, with one scale per token and head.
 
-    q = round(y / s) within +-(2^(bits - 1) - 1), s = max |y| / (2^(bits - 1) - 1) in float16 over the width; the result is s q.
-    y is x; with channels (x - mean) / size, and the result s q size + mean.
+    q = round(x / s) within +-(2^(bits - 1) - 1), s = max |x| / (2^(bits - 1) - 1) in float16 over the width; the result is s q.
+    With channels, numbers are made alike first, see `in_steps`.
     """
     if x.shape[-1] == 0:
         return x
-    whole, step = in_steps(alike(x, channels), bits)
+    whole, step = in_steps(x, bits, channels)
     return restored(whole * step.float(), channels).to(x.dtype)
 
 

@@ -446,8 +446,8 @@ def test_channels(files: Files, data: st.DataObject) -> None:
         assert isinstance(verified, KVShareError) == isinstance(model, KVShareError)
         if not isinstance(model, KVShareError):
             layer = model.model.layers[1].self_attn.kvshare_channels
-            assert layer.mean.shape == layer.size.shape == (2, 1, 4)
-            assert bool(layer.mean.isfinite().all() & layer.size.isfinite().all() & (layer.size > 0).all())
+            assert layer.middle.shape == layer.size.shape == (2, 1, 4)
+            assert bool(layer.middle.isfinite().all() & layer.size.isfinite().all() & (layer.size > 0).all())
 
 
 @cases(2)

@@ -1,10 +1,10 @@
 # Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
-"""What channels of a shared projection are like: the mean and the size of each, by which a cache in few bits is quantised.
+"""What channels of a shared projection are like: the middle and the size of each, by which a cache in few bits is quantised.
 
 In: the file `kvshare_channels.json` beside the weights. Out: two tensors for each shared layer, the same for every token. Never:
 needs the file to be there, believes what it says before its shapes and numbers are checked.
 
-    {"format_version": 1, "layers": {"0": {"mean": [[...], ...], "size": [[...], ...]}, ...}}    (kv heads, head_dim) each
+    {"format_version": 1, "layers": {"0": {"middle": [[...], ...], "size": [[...], ...]}, ...}}    (kv heads, head_dim) each
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision",
 
 
 class Channels(NamedTuple):
-    """Of every channel of a layer's shared projection, before bias, norm and rope: what it is on average, and the root mean square
-    of what it differs from that by. Both (kv heads, 1, head_dim), float32.
+    """Of every channel of a layer's shared projection, before bias, norm and rope: the middle of the range that nearly all its
+    numbers lie in, and half of how wide that is. Both (kv heads, 1, head_dim), float32.
     """
 
-    mean: Tensor
+    middle: Tensor
     size: Tensor
 
 
@@ -54,10 +54,10 @@ def read_channels(value: Any, shapes: Mapping[int, tuple[int, int]]) -> dict[int
         entry = layers[str(layer)]
         if not isinstance(entry, dict) or entry.keys() != set(Channels._fields):
             raise ValueError(f"layer {layer} is no object of {' and '.join(Channels._fields)}")
-        mean, size = (_tensor(entry[name], shape, f"the {name} of layer {layer}") for name in Channels._fields)
+        middle, size = (_tensor(entry[name], shape, f"the {name} of layer {layer}") for name in Channels._fields)
         if not bool((size >= 1 / MOST).all()):
             raise ValueError(f"the size of layer {layer} holds a number that is not above 0")
-        found[layer] = Channels(mean, size)
+        found[layer] = Channels(middle, size)
     return found
 
 
@@ -122,7 +122,7 @@ def write_channels(attentions: list[Any], folder: Path) -> None:
 def channels_on(attention: Any, device: torch.device) -> Channels | None:
     """The channels of an attention module on a device, where they stay; None where it has none."""
     channels: Channels | None = attention.kvshare_channels
-    if channels is None or channels.mean.device == device:
+    if channels is None or channels.middle.device == device:
         return channels
     if torch.compiler.is_compiling():
         return Channels(*(value.to(device) for value in channels))
@@ -133,13 +133,14 @@ def channels_on(attention: Any, device: torch.device) -> Channels | None:
 
 
 def with_biases(channels: Channels | None, key_bias: Tensor | None, value_bias: Tensor | None) -> dict[str, Tensor | None]:
-    """What a kernel is told of a layer whose cache it reads, (kv heads, head_dim) in float32: means are part of its biases.
+    """What a kernel is told of a layer whose cache it reads, (kv heads, head_dim) in float32: middles are part of its biases.
 
     Args:
         channels: of the layer, None where what is cached is the numbers themselves or was quantised without.
         key_bias, value_bias: (kv heads, 1, head_dim), or None.
     """
     biases = {"key_bias": key_bias, "value_bias": value_bias}
-    mean, size = channels or (None, None)
-    added = {name: value if mean is None else mean if value is None else value.float() + mean for name, value in biases.items()}
-    return {name: None if value is None else value[:, 0].float() for name, value in (added | {"sizes": size}).items()}
+    middle, size = channels or (None, None)
+    if middle is not None:
+        biases = {name: middle if value is None else value.float() + middle for name, value in biases.items()}
+    return {name: None if value is None else value[:, 0].float() for name, value in (biases | {"sizes": size}).items()}

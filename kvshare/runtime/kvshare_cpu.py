@@ -206,7 +206,7 @@ def decode_on_cpu(
             (TILE, 2, width), float32; the width is that of `tile_tables`, by number where pairs lie side by side. None: keys do not
             rotate.
         scales: of integers, (batch, kv heads, slots), float16.
-        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their means are in the biases.
+        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.

@@ -125,7 +125,7 @@ def attend_on_gpu(
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: a score for each query head that takes weight and gives no value, (query heads), float32.
         scales: of what is cached, (batch, kv heads, slots), float16.
-        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their means are in the biases.
+        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         causal: whether new tokens, which are the last slots, see no later ones.
 
     Returns:
