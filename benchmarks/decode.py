@@ -37,6 +37,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvshare.runtime import kvshare_cpu
 from kvshare.runtime.kvshare_bits import dequantise, quantise
+from kvshare.runtime.kvshare_channels import Channels, with_biases
 from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
 from kvshare.tensors import best_device
@@ -123,7 +124,11 @@ def prepare(
     """The steps by name, on each of as many caches as it takes, and the error of the shared one."""
     generator = torch.Generator(device).manual_seed(context + batch)
     shared = torch.randn(batch, shape.heads, context, shape.head_dim, generator=generator, device=device).to(dtype)
-    numbers, scales = (shared, None) if bits == 16 else quantise(shared, bits)
+    channels = None
+    if bits < 16:  # as a converted checkpoint has them
+        like = torch.rand(2, shape.heads, 1, shape.head_dim, generator=generator, device=device)
+        channels = Channels(like[0], like[1] + 0.5)
+    numbers, scales = (shared, None) if bits == 16 else quantise(shared, bits, channels)
     frequencies = 5e5 ** -(torch.arange(shape.head_dim // 2, dtype=torch.float64, device=device) / (shape.head_dim // 2))
     positions = torch.arange(context, device=device)
     angles = positions[:, None].double() * frequencies
@@ -144,7 +149,7 @@ def prepare(
 
         attend = kvshare_triton.attend_on_gpu
     known = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
-    given: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "softcap", "sinks"))
+    given: dict[str, Any] = dict.fromkeys(("mask", "softcap", "sinks")) | with_biases(channels, None, None)
     given |= {"scaling": scaling, "adjacent": False, "norm": norm, "eps": 1e-6}
 
     def native(key: Tensor, value: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ def prepare(
     def step(numbers: Tensor, scales: Tensor | None) -> Tensor:
         return attend(query, numbers, known, scales=None if scales is None else scales[..., 0], **given).to(dtype)
 
-    cached = numbers[:1] if scales is None else dequantise(numbers[:1], scales[:1], torch.float64)
+    cached = numbers[:1] if scales is None else dequantise(numbers[:1], scales[:1], torch.float64, channels)
     expected = shared_attention(query[:1], cached, angles[None], scaling=scaling, norm=norm, eps=1e-6)
     with poisoned():
         error = float((step(numbers, scales)[:1].double() - expected).norm() / expected.norm())

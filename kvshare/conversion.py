@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvshare import processes
 from kvshare.card import card_files, card_matter
+from kvshare.channels import write_channels
 from kvshare.checkpoint import (
     MANIFEST,
     check_output,
@@ -263,6 +264,8 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     staged = work / STAGED
     if MERGED not in journal:
         report = write_merged(staged, plan, rows, held_out, device, journal, progress)
+        if rows is not None:
+            write_channels(staged, rows, device, progress)
         sync_folder(staged)
         journal.record(MERGED, None if report is None else asdict(report))
     if settings.heal.enabled:

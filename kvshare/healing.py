@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvshare import processes
 from kvshare.card import card_files, carried_report, front_matter, with_datasets
+from kvshare.channels import write_channels
 from kvshare.checkpoint import (
     MANIFEST,
     OutputTensor,
@@ -131,6 +132,7 @@ def heal(
         if first:
             staged = fresh_folder(work / "healed")
             write_healed(staged, folder, student, changed, result, settings)
+            write_channels(staged, rows, best_device(), progress)
             carry_files(folder, staged)
             if held_out is not None:
                 if cuts:
@@ -319,10 +321,11 @@ def heal_rows(recipe: Recipe, tokenizer: Any, teacher: Any, progress: Progress, 
 def heal_into(
     staged: Path, checkpoint: Path, teacher: Any, rows: Tensor, recipe: Recipe, state: Path, resume: bool, progress: Progress
 ) -> HealResult:
-    """Train, and write weights and config into `staged`; see `train` and `write_healed`."""
+    """Train, and write weights, config and channels into `staged`; see `train`, `write_healed` and `write_channels`."""
     student = load(checkpoint, dtype=torch.float32)
     changed, result = train(student, teacher, rows, recipe.heal, recipe.seed, state, resume, progress)
     write_healed(staged, checkpoint, student, changed, result, recipe)
+    write_channels(staged, rows, best_device(), progress)
     return result
 
 

@@ -23,6 +23,7 @@ from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, repeats_of
 from kvshare.rotated import says_rotated
 from kvshare.runtime import ROTATED
+from kvshare.runtime.kvshare_channels import FILE, read_channels
 from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
 
 FORMS = ("shared", "exact", "rotated")  # how the runtime makes keys and values of what is cached
@@ -123,7 +124,8 @@ def _unusable(checkpoint: Path, why: str) -> BadCheckpointError:
 
 def verify_form(checkpoint: Path) -> int:
     """Check that the weights of K and V of every layer are equal bit for bit (forms `shared` and `rotated`) or square (`exact`),
-    and that a layer of fewer heads than the config names holds each of them repeated; returns how many layers there are.
+    and that a layer of fewer heads than the config names holds each of them repeated; what is said of channels has to fit, too.
+    Returns how many layers there are.
 
     Raises:
         BadCheckpointError: they do not fit, one is missing, or heads are not repeated as the kvshare block says.
@@ -144,7 +146,11 @@ def verify_form(checkpoint: Path) -> int:
         raise BadCheckpointError(
             f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"
         )
-    for layer, repeat in zip(block["layers"], repeats_of(checkpoint, config, geometry.kv_heads), strict=True):
+    repeats = repeats_of(checkpoint, config, geometry.kv_heads)
+    if block["form"] == "shared" and is_file(checkpoint / FILE):
+        heads_of = zip(block["layers"], repeats, strict=True)
+        _check_channels(checkpoint, {layer: (geometry.kv_heads // repeat, geometry.head_dim) for layer, repeat in heads_of})
+    for layer, repeat in zip(block["layers"], repeats, strict=True):
         if block["form"] == "exact":
             continue
         key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))
@@ -161,6 +167,16 @@ def verify_form(checkpoint: Path) -> int:
             if name in specs and repeat > 1:
                 check_repeats(name, _bytes(checkpoint, specs[name]), repeat, geometry.kv_heads)
     return len(block["layers"])
+
+
+def _check_channels(checkpoint: Path, shapes: dict[int, tuple[int, int]]) -> None:
+    """Check what a checkpoint says of the channels of its shared layers, of which `shapes` are KV heads and head_dim."""
+    try:
+        read_channels(read_json(checkpoint / FILE), shapes)
+    except ValueError as error:
+        raise BadCheckpointError(
+            f"{checkpoint / FILE} cannot be used", str(error), "copy the checkpoint again, or convert the model again"
+        ) from None
 
 
 def _bytes(folder: Path, spec: TensorSpec) -> bytes:
@@ -215,9 +231,9 @@ def verify(checkpoint: str | Path) -> Verification:
                 "its size or SHA-256 is not the manifest's",
                 "copy the checkpoint again, or convert the model again",
             )
-    unlisted = [name for name in weight_files(folder) if name not in files]
+    unlisted = [name for name in (*weight_files(folder), FILE) if name not in files and is_file(folder / name)]
     if unlisted:
         raise BadCheckpointError(
-            f"the file {unlisted[0]} is not in the manifest", "it is read as weights all the same", "copy the checkpoint again"
+            f"the file {unlisted[0]} is not in the manifest", "it is read all the same", "copy the checkpoint again"
         )
     return Verification(len(files), sum(entry["size"] for entry in files.values()), verify_form(folder), form)

@@ -290,6 +290,18 @@ def converted_folder(
     return get
 
 
+@pytest.fixture(scope="session")
+def measured_folder(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple[str, str]) -> Callable[[str], Path]:
+    """The bundled, really trained model by init: calibrated and measured on text that it wrote itself, not healed."""
+    settings: dict[str, Any] = {"calibration_tokens": 8_192, "eval_tokens": 6_144, "heal": False}
+    settings |= {"calibration": own_text[0], "eval_data": own_text[1]}
+
+    def get(init: str) -> Path:
+        return once(f"measured-{init}", lambda output: kvshare.convert("kvshare/tiny", output, init=init, **settings))
+
+    return get
+
+
 def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: str, **settings: Any) -> None:
     """Convert with a cache budget that chooses these heads per layer, None for an untouched one, without measuring anything."""
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["streaming", "passes"],
     ["fit"],
     ["layerwise"],
-    ["sensitivity", "spectra"],
+    ["sensitivity", "spectra", "channels"],
     ["checkpoint", "findings", "paged"],
     ["verification", "plots"],
     ["loading", "exact", "page", "figures", "timing"],
@@ -53,12 +53,14 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SHIPPED = [name.removesuffix(".py") for name in NAMES]
 STANDARD = {
     "__future__",
+    "collections",
     "contextlib",
     "ctypes",
     "functools",
     "hashlib",
     "importlib",
     "inspect",
+    "json",
     "logging",
     "os",
     "pathlib",

@@ -14,6 +14,7 @@ from conftest import DEVICE, FAMILY_SOURCES, SMALL, SOURCES, random_model
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu
+from kvshare.runtime.kvshare_channels import Channels, with_biases
 from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
 
@@ -42,9 +43,9 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, str]] = {
 
 
 def case(
-    name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.TILE, bits: int | None = None
+    name: str, dtype: torch.dtype = torch.float32, tile: int = kvshare_cpu.TILE, bits: int | None = None, unlike: bool = False
 ) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of a kernel, and what it should give."""
+    """Arguments of a kernel, and what it should give; channels that are `unlike` have a mean and a size of their own."""
     batch, queries, heads, head_dim, width, new, slots, more = SHAPES[name]
     generator = torch.Generator().manual_seed(slots)
 
@@ -53,9 +54,11 @@ def case(
 
     scale, adjacent = 1.25, "adjacent" in more
     query, shared = normal(batch, queries, new, head_dim), normal(batch, heads, slots, head_dim).to(dtype)
-    numbers, scales = (shared, shared) if bits is None else kvshare_bits.quantise(shared, bits)
+    channels = Channels(3 * normal(heads, 1, head_dim), normal(heads, 1, head_dim).exp()) if unlike else None
+    shared = kvshare_bits.restored(shared, channels)
+    numbers, scales = (shared, shared) if bits is None else kvshare_bits.quantise(shared, bits, channels)
     if bits is not None:
-        shared = kvshare_bits.dequantise(numbers, scales, torch.float32)
+        shared = kvshare_bits.dequantise(numbers, scales, torch.float32, channels)
     first = -torch.arange(batch)[:, None] * 3 + 7  # rows begin at positions of their own, some before 0
     frequencies = 100.0 ** -(torch.arange(width // 2, dtype=torch.float64) / max(1, width // 2))
 
@@ -91,7 +94,8 @@ def case(
     angles = (first + where)[..., None].double() * frequencies
     expected = shared_attention(query, shared, angles, rope_scale=scale, **options)
     if bits is not None:
-        options |= {"scales": scales[..., 0]}
+        biases = (None if bias is None else bias[:, None] for bias in (options["key_bias"], options["value_bias"]))
+        options |= {"scales": scales[..., 0], **with_biases(channels, *biases)}
     return {"query": query, "shared": numbers, "tables": tables, **options}, expected
 
 
@@ -130,11 +134,12 @@ INTEGERS = ("llama", "as many heads", "one head", "norm and bias", "part, side b
 
 
 @needs_compiler
+@pytest.mark.parametrize("unlike", [False, True])
 @pytest.mark.parametrize("bits", kvshare_bits.BITS)
 @pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.usefixtures("poisoned")
-def test_the_cpu_kernel_reads_integers(name: str, bits: int) -> None:
-    arguments, expected = case(name, bits=bits)
+def test_the_cpu_kernel_reads_integers(name: str, bits: int, unlike: bool) -> None:
+    arguments, expected = case(name, bits=bits, unlike=unlike)
     assert error(kvshare_cpu.decode_on_cpu(**arguments), expected) < 1e-5
 
 

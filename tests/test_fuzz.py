@@ -51,6 +51,7 @@ from kvshare.loading import load_native
 from kvshare.planning import make_plan
 from kvshare.recipe import Recipe, load_recipe, recipe_names
 from kvshare.retrieval import read_questions
+from kvshare.runtime.kvshare_channels import FILE as CHANNELS
 from kvshare.sections import Calibration
 from kvshare.sensitivity import Sensitivity
 from kvshare.sizes import bytes_of
@@ -242,10 +243,11 @@ class Files:
             save_file({name: values[name] for name in held}, self.sharded / file, metadata={"format": "pt"})
         write_json(self.sharded / INDEX, {"weight_map": {name: file for file, held in shards.items() for name in held}})
         (self.sharded / SINGLE).rename(folder / "outside.safetensors")
-        kvshare.convert(self.source, self.converted, init="mean", heal=False, eval_mode="off")
         (folder / "text.txt").write_text("<|endoftext|>".join(TEXT), encoding="utf-8")
         self.statistics = folder / "statistics"
         short = QUICK.model_copy(update={"calibration": Calibration(sequence_length=16)})
+        text: dict[str, Any] = {"calibration": str(folder / "text.txt"), "calibration_tokens": 64}
+        kvshare.convert(self.source, self.converted, recipe=short, eval_mode="off", **text)
         kvshare.calibrate(self.source, self.statistics, kv_heads=1, recipe=short, data=str(folder / "text.txt"), tokens=64)
         self.kept = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -432,6 +434,20 @@ def test_loading_checkpoints(files: Files, data: st.DataObject) -> None:
     with files.changed(file, data.draw(configs(files.json(file)))):
         model = outcome(lambda: kvshare.load(files.converted))
         assert isinstance(model, KVShareError) or model.config.model_type == "llama"
+
+
+@cases()
+@given(data=st.data())
+def test_channels(files: Files, data: st.DataObject) -> None:
+    """What a checkpoint says of the numbers that its cache is to hold in few bits."""
+    file = files.converted / CHANNELS
+    with files.changed(file, data.draw(texts(files.json(file)))):
+        verified, model = outcome(lambda: verify(files.converted)), outcome(lambda: kvshare.load(files.converted, cache_bits=4))
+        assert isinstance(verified, KVShareError) == isinstance(model, KVShareError)
+        if not isinstance(model, KVShareError):
+            layer = model.model.layers[1].self_attn.kvshare_channels
+            assert layer.middle.shape == layer.size.shape == (2, 1, 4)
+            assert bool(layer.middle.isfinite().all() & layer.size.isfinite().all() & (layer.size > 0).all())
 
 
 @cases(2)

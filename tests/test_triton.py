@@ -16,6 +16,7 @@ from kvshare.runtime.reference import rotated, shared_attention
 pytest.importorskip("triton")
 from kvshare.runtime import kvshare_triton
 
+UNLIKE = ("as many heads", "norm and bias", "part, side by side", "no rope", "sinks")  # tried with channels, too
 HALVES = ("llama", "norm", "sinks")  # tried in float16, too
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -49,10 +50,19 @@ def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
     assert error(got, expected) < LIMITS[dtype]
 
 
+@pytest.mark.parametrize(
+    ("name", "unlike"), [(name, unlike) for name in INTEGERS for unlike in (False, True) if not unlike or name in UNLIKE], ids=str
+)
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", INTEGERS)
-def test_decoding_of_integers(name: str, bits: int) -> None:
-    arguments, expected = case(name, tile=64, bits=bits)
+def test_decoding_of_integers(name: str, bits: int, unlike: bool) -> None:
+    arguments, expected = case(name, tile=64, bits=bits, unlike=unlike)
+    assert error(attended(arguments), expected) < 1e-5
+
+
+def test_channels_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvshare_triton, "PROGRAMS", 2)
+    monkeypatch.setattr(kvshare_triton, "LEAST", 1)
+    arguments, expected = case("llama", tile=64, bits=4, unlike=True)
     assert error(attended(arguments), expected) < 1e-5
 
 
@@ -133,10 +143,10 @@ def compiled(kernel, capability, constants, pointers):
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3})
 
-floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sinks", "partial"), "*fp32")
+floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sizes", "sinks", "partial"), "*fp32")
 floats |= dict.fromkeys(("scaling", "eps", "softcap"), "fp32") | {"scales": "*fp16"}
-flags = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS", "WIDE", "PACKED"), False)
 every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
+flags = dict.fromkeys((*every, "SIZES", "WIDE", "PACKED"), False)
 decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "N": 64, "P": 32, "R": 16}
 for capability, dtype, more in (
     (80, "*bf16", {"PACKED": True}),
@@ -145,12 +155,13 @@ for capability, dtype, more in (
     (90, "*bf16", {"PACKED": True, "PAIRS": 0, "R": 64}),
     (90, "*fp16", every | {"SPLIT": False, "M": 64, "PAIRS": 16, "R": 32, "MASK": 1}),
     (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
+    (90, "*bf16", {"KIND": 3, "KEY_BIAS": True, "NORM": True, "SIZES": True, "D": 128, "PAIRS": 64, "P": 64, "SPLIT": False}),
 ):
     constants = flags | decode | more
     shared = {0: dtype, 2: "*i8", 3: "*u8"}[constants["KIND"]]
     pointers = floats | {"query": dtype, "out": dtype, "shared": shared, "mask": "*fp32" if constants["MASK"] == 2 else "*i8"}
     assert "mma" in compiled(kernels.attend_kernel, capability, constants, pointers).asm["ptx"]
-    constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "S": 128, "C": 64, "W": 32}
+    constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "SIZES": True, "S": 128, "C": 64, "W": 32}
     compiled(kernels.join_kernel, capability, constants, floats | {"out": "*bf16"})
 """
 

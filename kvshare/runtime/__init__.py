@@ -8,6 +8,7 @@ NAMES = (
     "modeling_kvshare.py",
     "kvshare_attention.py",
     "kvshare_bits.py",
+    "kvshare_channels.py",
     "kvshare_cpu.py",
     "kvshare_c.py",
     "kvshare_triton.py",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .kvshare_channels import with_biases
 from .kvshare_cpu import KINDS, TILE, Made, decode_on_cpu, missing
 
 VARIABLE = "KVSHARE_ATTENTION"
@@ -381,8 +382,7 @@ def attend(
         "scales": None if scales is None else scales[..., 0],
         "scaling": attention.scaling,
         "adjacent": pairs is not None and pairs.adjacent,
-        "key_bias": None if key_bias is None else key_bias[:, 0].float(),
-        "value_bias": None if value_bias is None else value_bias[:, 0].float(),
+        **with_biases(None if scales is None else attention.kvshare_channels, key_bias, value_bias),
         "norm": None if norm is None else first_of(attention, KEY_NORMS).weight.float() + norm.offset,
         "eps": 0.0 if norm is None else norm.eps,
         "softcap": arguments.get("softcap"),

@@ -24,7 +24,7 @@ struct step {
     const uint16_t *scale;              /* (batch, kv heads, slots) */
     const float *base, *offset;         /* cos and sin: (batch or 1, tiles, 2, R / 2), (T, 2, R / 2) */
     const char *mask;                   /* (batch or 1, queries, slots) */
-    const float *key_bias, *norm, *value_bias, *sinks;
+    const float *key_bias, *norm, *sizes, *value_bias, *sinks;
     float *out;                         /* (batch, kv heads, rows, D) */
     float *partial;                     /* (batch, kv heads, splits, rows, D + 2) */
     int64_t shared_stride[3];           /* bytes */
@@ -148,6 +148,7 @@ static void part(const struct step *a, int64_t b, int64_t h, int64_t from, int64
             float factor = 1;
 #if KIND >= 2
             factor = scales[t] = half(a->scale[b * a->scale_stride[0] + h * a->scale_stride[1] + (begin + t) * a->scale_stride[2]]);
+            if (a->sizes) for (int i = 0; i < N; i++) x[i] *= ((const V *)(a->sizes + h * D))[i];
             if (a->key_bias || a->norm) {
                 for (int i = 0; i < N; i++) x[i] *= factor;
                 factor = 1;
@@ -240,6 +241,9 @@ void step(const struct step *a) {
                 for (int i = 0; i < D; i++) out[i] += share * other[i];
             }
             const float whole = mass + sink > 0 ? 1 / (mass + sink) : 0;
+#if KIND >= 2
+            if (a->sizes) for (int i = 0; i < D; i++) out[i] *= a->sizes[h * D + i];
+#endif
             for (int i = 0; i < D; i++) out[i] = out[i] * whole + (a->value_bias ? a->value_bias[h * D + i] * mass * whole : 0);
         }
     }

@@ -53,8 +53,8 @@ class _Step(ctypes.Structure):
     """`struct step` of the source."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "shared", "scale", "base", "offset", "mask", "key_bias", "norm")),
-        *((name, ctypes.c_void_p) for name in ("value_bias", "sinks", "out", "partial")),
+        *((name, ctypes.c_void_p) for name in ("query", "shared", "scale", "base", "offset", "mask", "key_bias")),
+        *((name, ctypes.c_void_p) for name in ("norm", "sizes", "value_bias", "sinks", "out", "partial")),
         ("shared_stride", ctypes.c_int64 * 3),
         ("scale_stride", ctypes.c_int64 * 3),
         ("mask_stride", ctypes.c_int64 * 2),
@@ -186,6 +186,7 @@ def decode_on_cpu(
     tables: tuple[Tensor, Tensor] | None,
     *,
     scales: Tensor | None = None,
+    sizes: Tensor | None = None,
     scaling: float,
     adjacent: bool,
     mask: Tensor | None,
@@ -205,6 +206,7 @@ def decode_on_cpu(
             (TILE, 2, width), float32; the width is that of `tile_tables`, by number where pairs lie side by side. None: keys do not
             rotate.
         scales: of integers, (batch, kv heads, slots), float16.
+        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
@@ -233,9 +235,9 @@ def decode_on_cpu(
         mask = in_rows((mask if mask.dtype == torch.bool else mask.float()).expand(batch, 1, new, slots))
     given = [
         None if x is None else x.contiguous()
-        for x in (query.float() * scaling, *(tables or (None, None)), key_bias, norm, value_bias, sinks)
+        for x in (query.float() * scaling, *(tables or (None, None)), key_bias, norm, sizes, value_bias, sinks)
     ]
-    names = ("query", "base", "offset", "key_bias", "norm", "value_bias", "sinks")
+    names = ("query", "base", "offset", "key_bias", "norm", "sizes", "value_bias", "sinks")
     step(
         ctypes.byref(
             _Step(

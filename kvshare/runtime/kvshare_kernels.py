@@ -92,6 +92,7 @@ def attend_kernel(
     key_bias,
     value_bias,
     norm,
+    sizes,
     sinks,
     out,
     partial,
@@ -130,6 +131,7 @@ def attend_kernel(
     NORM: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    SIZES: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     PACKED: tl.constexpr,
@@ -173,6 +175,11 @@ def attend_kernel(
             norm1, norm2, norm3 = norm1.to(kind), norm2.to(kind), norm3.to(kind)
             ones = tl.full((P, M), 1.0, kind)
 
+    if SIZES:
+        size1 = tl.load(sizes + h * D + first, mask=pairs, other=0.0)[None, :]
+        size2 = tl.load(sizes + h * D + second, mask=pairs, other=0.0)[None, :]
+        size3 = tl.load(sizes + h * D + rest, mask=rests, other=0.0)[None, :]
+
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
     sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
@@ -208,6 +215,8 @@ def attend_kernel(
         times = tl.full((N, 1), 1.0, tl.float32)
         if KIND >= 2:
             scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0).to(tl.float32)
+            if SIZES:
+                k1, k2, k3 = k1 * size1, k2 * size2, k3 * size3
             if KEY_BIAS:
                 k1, k2, k3 = k1 * scale[:, None], k2 * scale[:, None], k3 * scale[:, None]
             else:
@@ -293,6 +302,8 @@ def attend_kernel(
             shrink, whole = tl.full((M,), 1.0, tl.float32), mass
         shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
         sum1, sum2, sum3 = sum1 * shrink, sum2 * shrink, sum3 * shrink
+        if SIZES:
+            sum1, sum2, sum3 = sum1 * size1, sum2 * size2, sum3 * size3
         if VALUE_BIAS:
             share = mass[:, None] * shrink
             sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[None, :]
@@ -307,6 +318,7 @@ def attend_kernel(
 def join_kernel(
     partial,
     value_bias,
+    sizes,
     sinks,
     out,
     out_b,
@@ -319,6 +331,7 @@ def join_kernel(
     D: tl.constexpr,
     VALUE_BIAS: tl.constexpr,
     SINKS: tl.constexpr,
+    SIZES: tl.constexpr,
     S: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
@@ -350,6 +363,8 @@ def join_kernel(
         found += tl.sum(sums * share[:, None], 0)
     factor = tl.where(whole > 0, 1 / tl.where(whole > 0, whole, 1.0), 0.0)
     found *= factor
+    if SIZES:
+        found *= tl.load(sizes + h * D + column, mask=inside, other=0.0)
     if VALUE_BIAS:
         found += own * factor * tl.load(value_bias + h * D + column, mask=inside, other=0.0)
     tl.store(out + b * out_b + token * out_t + head * out_h + column, found, mask=inside)

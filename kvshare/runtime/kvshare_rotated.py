@@ -121,7 +121,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             query, shared = (_rotated(rotate, states, position_embeddings, width) for states in (query, shared))
         scales: Tensor | None = None
         if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
-            shared, scales = update(past_key_values, shared, self.layer_idx, self.kvshare_bits)
+            shared, scales = update(past_key_values, shared, self.layer_idx, self)
         weights: Tensor | None = None
         if kvshare_backend != "eager" and past_key_values is not None:
             none = query.new_empty(0, dtype=torch.float32)
@@ -160,6 +160,7 @@ def rotate_attention(attention: Any, repeat: int = 1, bits: int | None = None) -
     native: Any = type(attention)
     attention.kvshare_repeat, attention.kvshare_bits = repeat, bits
     attention.kvshare_pairs = attention.kvshare_norm = None  # what a kernel is to do to keys: nothing
+    attention.kvshare_channels = None  # a rotated channel has no mean of its own
     attention.kvshare_rotates = _rotates(attention, _layer_type(attention))
     attention.kvshare_plain_rope = rope_type(attention.config) in PLAIN_ROPES
     attention.num_key_value_groups *= repeat

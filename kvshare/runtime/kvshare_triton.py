@@ -62,9 +62,11 @@ def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None) -> bool:
+def _packs(
+    query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None, sizes: Tensor | None
+) -> bool:
     """Whether keys are turned two at a time, in 16 bits: where nothing large is added to them, and squares stay in range."""
-    if interpreted() or query.dtype == torch.float32 or tabled or key_bias is not None:
+    if interpreted() or query.dtype == torch.float32 or tabled or key_bias is not None or sizes is not None:
         return False
     return norm is None or (query.dtype == torch.bfloat16 and 2 * pairs == head_dim)
 
@@ -103,6 +105,7 @@ def attend_on_gpu(
     softcap: float | None,
     sinks: Tensor | None,
     scales: Tensor | None = None,
+    sizes: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
     """Attention of any number of queries over what is cached.
@@ -122,6 +125,7 @@ def attend_on_gpu(
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: a score for each query head that takes weight and gives no value, (query heads), float32.
         scales: of what is cached, (batch, kv heads, slots), float16.
+        sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         causal: whether new tokens, which are the last slots, see no later ones.
 
     Returns:
@@ -148,7 +152,8 @@ def attend_on_gpu(
     size = batch * heads * splits * rows * (head_dim + 2) if splits > 1 else 1
     partial = torch.empty(size, device=query.device, dtype=torch.float32)
     none = partial  # stands for what there is not
-    options = {"VALUE_BIAS": value_bias is not None, "SINKS": sinks is not None, "GROUP": group, "D": head_dim}
+    options: dict[str, Any] = {"VALUE_BIAS": value_bias is not None, "SINKS": sinks is not None, "SIZES": sizes is not None}
+    options |= {"GROUP": group, "D": head_dim}
     table = none if every is None else every.contiguous()
     attend_kernel[(blocks, batch * heads, splits)](
         query,
@@ -160,6 +165,7 @@ def attend_on_gpu(
         none if key_bias is None else key_bias,
         none if value_bias is None else value_bias,
         none if norm is None else norm,
+        none if sizes is None else sizes,
         none if sinks is None else sinks,
         out,
         partial,
@@ -187,7 +193,7 @@ def attend_on_gpu(
         CAP=softcap is not None,
         SPLIT=splits > 1,
         WIDE=wide,
-        PACKED=_packs(query, tabled, pairs, head_dim, key_bias, norm),
+        PACKED=_packs(query, tabled, pairs, head_dim, key_bias, norm, sizes),
         M=block,
         N=tile,
         P=max(16, _power(pairs)),
@@ -202,6 +208,7 @@ def attend_on_gpu(
         join_kernel[(batch * heads, rows, _parts(head_dim, columns))](
             partial,
             none if value_bias is None else value_bias,
+            none if sizes is None else sizes,
             none if sinks is None else sinks,
             out,
             *out.stride()[:3],

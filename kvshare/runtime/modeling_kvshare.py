@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
 from .kvshare_bits import BITS, dequantise, read, refuse, update
+from .kvshare_channels import channels_on, give_channels, write_channels
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -395,7 +396,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         implementation = self.config._attn_implementation
         scales: Tensor | None = None
         if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
-            shared, scales = update(past_key_values, shared, self.layer_idx, self.kvshare_bits)
+            shared, scales = update(past_key_values, shared, self.layer_idx, self)
         elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
             implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
@@ -417,7 +418,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             )
             return _to_hidden(self, output.flatten(2)), None
         if scales is not None:
-            shared = dequantise(shared, scales, query.dtype)
+            shared = dequantise(shared, scales, query.dtype, channels_on(self, query.device))
 
         key, value = shared, None  # type: Any, Any
         if key_bias is not None:
@@ -493,7 +494,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         # (batch, heads, new tokens, head_dim)
         query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
         if past_key_values is not None:
-            shared = read(past_key_values, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
+            shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
         _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
@@ -523,7 +524,7 @@ class _View:
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
         shared = value[:, ::repeat]
         if self.cache is not None:
-            shared = read(self.cache, shared, layer, own.kvshare_bits)
+            shared = read(self.cache, shared, layer, own)
         key, value = shared, shared
         bias = _bias(projection, shared)
         if bias is not None:
@@ -567,7 +568,7 @@ class _TiedView(NamedTuple):
         """Both (batch, kv heads, new tokens, head_dim); so are the keys and values of all slots."""
         own, shared = self.attention, value
         if self.cache is not None:
-            shared = read(self.cache, shared, layer, own.kvshare_bits)
+            shared = read(self.cache, shared, layer, own)
         return self.rotate(own.k_norm(shared), *self.tables), own.kvshare_value_norm(shared)
 
 
@@ -610,7 +611,7 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
         slots = position_ids
         if layer_past is not None:
             slots = key_positions(layer_past, self.layer_idx, position_ids)
-            shared = read(layer_past, shared, self.layer_idx, self.kvshare_bits)  # (batch, heads, slots, head_dim)
+            shared = read(layer_past, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
         output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
@@ -770,9 +771,13 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         _share(self)
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; of repeated heads, one is kept in memory."""
+        """As transformers' own; of repeated heads, one is kept in memory, and what is known of channels is read."""
         loaded = native.from_pretrained.__func__(cls, *args, **kwargs)
-        _forget_repeats(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _forget_repeats(model)
+        if model.config.kvshare["form"] == "shared":
+            named = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            give_channels([attention for _, attention in _shared_attention(model)], named, kwargs)
         return loaded
 
     def save_pretrained(self: Any, save_directory: Any, *, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
@@ -783,6 +788,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         for file in Path(__file__).parent.glob("kvshare_*.py"):
             shutil.copyfile(file, Path(save_directory) / file.name)
+        write_channels([attention for _, attention in _shared_attention(self)], Path(save_directory))
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
             rows = attention.kvshare_stored * attention.head_dim
@@ -842,7 +848,8 @@ def _share(model: Any) -> None:
             attention.head_dim = attention.head_size
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         native: Any = type(attention)
-        attention.kvshare_exact, attention.kvshare_maps, attention.kvshare_bits = exact, None, bits
+        attention.kvshare_exact, attention.kvshare_bits, attention.kvshare_heads = exact, bits, heads or stored
+        attention.kvshare_maps = attention.kvshare_channels = None
         attention.kvshare_layer_type = layer_types[layer]
         attention.kvshare_table_repeat = 2 if model.config.model_type in HALF_TABLES else 1
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
