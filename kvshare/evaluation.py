@@ -13,7 +13,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from kvshare.data import check_data, load_rows, load_tokenizer, rows_per_forward
+from kvshare.data import load_rows, load_tokenizer, rows_per_forward
+from kvshare.documents import check_data
 from kvshare.errors import UsageError
 from kvshare.exact import through_cache
 from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities

@@ -36,8 +36,9 @@ from kvshare.checkpoint import (
     write_json,
 )
 from kvshare.contamination import contamination
-from kvshare.data import SelfCache, check_data, check_tokenizer, load_rows, load_tokenizer
+from kvshare.data import SelfCache, check_tokenizer, load_rows, load_tokenizer
 from kvshare.distillation import newest_state
+from kvshare.documents import check_data
 from kvshare.errors import KVShareError, UsageError
 from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of

@@ -21,7 +21,7 @@ LAYERS = [
     ["sections", "families", "source", "budget", "repeats", "processes"],
     ["rotated"],
     ["recipe", "mixture", "geometry"],
-    ["hub", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination", "tied"],
+    ["hub", "documents", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination", "tied"],
     ["planning", "merge", "data", "native"],
     ["turning", "layout", "duration"],
     ["moments"],

@@ -17,7 +17,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from kvshare import data as data_module
-from kvshare.data import SEPARATOR, check_data, documents, load_rows, load_tokenizer, self_rows, start_token, token_rows
+from kvshare import documents as documents_module
+from kvshare.data import load_rows, load_tokenizer, self_rows, start_token, token_rows
+from kvshare.documents import SEPARATOR, check_data, documents
 from kvshare.errors import UsageError
 
 TEXTS = [" ".join(TEXT[(i + j) % 4] for j in range(1 + i % 3)) + f" Number {i}." for i in range(30)]
@@ -95,8 +97,8 @@ def test_a_separator_across_two_reads_is_one(tmp_path: Path, monkeypatch: pytest
         def read(self, _size: int) -> str:
             return self.stream.read(piece)
 
-    monkeypatch.setattr(data_module, "open", InPieces, raising=False)
-    assert [record["text"] for record in data_module._text_documents(file)] == [
+    monkeypatch.setattr(documents_module, "open", InPieces, raising=False)
+    assert [record["text"] for record in documents_module._text_documents(file)] == [
         "one",
         "two",
         "",

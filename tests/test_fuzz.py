@@ -40,7 +40,8 @@ from test_hub import Hub
 import kvshare
 from kvshare.card import card_files, card_matter, carried_report
 from kvshare.checkpoint import MANIFEST, write_json
-from kvshare.data import SEPARATOR, check_data, load_tokenizer, token_rows
+from kvshare.data import load_tokenizer, token_rows
+from kvshare.documents import SEPARATOR, check_data
 from kvshare.errors import KVShareError
 from kvshare.families import family_of
 from kvshare.healing import COMMAND, check_earlier

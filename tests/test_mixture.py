@@ -11,7 +11,8 @@ from conftest import TINY_FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshare.data import PART_SEED, SelfCache, check_data, check_tokenizer, load_rows, load_tokenizer, token_rows
+from kvshare.data import PART_SEED, SelfCache, check_tokenizer, load_rows, load_tokenizer, token_rows
+from kvshare.documents import check_data
 from kvshare.errors import UsageError
 from kvshare.mixture import Part, named, parts_of, turns, uses_self
 from kvshare.recipe import load_recipe
