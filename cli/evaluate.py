@@ -23,7 +23,7 @@ def run(
     recall: Annotated[int | None, typer.Option(help="Questions about key-value pairs in the context.")] = None,
     passkey: Annotated[int | None, typer.Option(help="Numbers to find at each depth of a long text.")] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option(help=f"lm-eval tasks, or YAML files of one, {options.LIST}. Needs kvshare[tasks].")
+        list[str] | None, typer.Option(help=f"lm-eval tasks, or YAML files of one, {options.LIST}. Needs kvshare\\[tasks].")
     ] = None,
     cache_bits: Annotated[
         list[str] | None, typer.Option(help=f"Measure also with the cache in 2 to 8 bits, {options.LIST}.")

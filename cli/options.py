@@ -27,7 +27,8 @@ KVHeads = Annotated[str | None, typer.Option(help="KV heads of the output: a div
 CacheBudget = Annotated[
     float | None, typer.Option(help="The most of the cache to keep, such as 0.3: each layer gets what it is found to need.")
 ]
-DATA = "A .txt, .jsonl or .parquet file, a datasets id org/name[/config][:split], or 'self'; or several with weights, a=3,b=1"
+# a bracket of its own in help is escaped, or rich takes it for markup
+DATA = r"A .txt, .jsonl or .parquet file, a datasets id org/name\[/config]\[:split], or 'self'; or several with weights, a=3,b=1"
 Calibration = Annotated[str | None, typer.Option(help=f"Text for the merge. {DATA}.")]
 Tokens = Annotated[int | None, typer.Option(help="How much of it.")]
 Statistics = Annotated[str | None, typer.Option(help="A folder of `kvshare calibrate`, in place of text for the merge.")]

@@ -10,7 +10,7 @@ from kvshare.cli import options
 
 from kvshare.errors import UsageError
 
-app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=True)
+app = typer.Typer(help="List, show and copy the shipped recipes.", no_args_is_help=True, rich_markup_mode="rich")
 Name = Annotated[str, typer.Argument(help="A shipped recipe.")]
 
 

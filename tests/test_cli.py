@@ -88,6 +88,20 @@ def test_help_names_every_verb(run: Callable[..., Outcome]) -> None:
     assert run("--version").out.strip() == kvshare.__version__
 
 
+@pytest.mark.parametrize("verb", [*VERBS, "recipes", "recipes copy", "recipes list", "recipes show"])
+def test_every_verb_explains_its_options(run: Callable[..., Outcome], verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
+    result = run(*verb.split(), "--help")
+    assert (result.code, result.err) == (0, "")
+    command: Any = typer.main.get_command(app)
+    for word in verb.split():
+        command = command.commands[word]
+    shown = " ".join(result.out.replace("│", " ").split())
+    for parameter in command.params:
+        assert not parameter.help or " ".join(parameter.help.replace("\\[", "[").split()) in shown, parameter.name
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_are_named_as_in_the_library(verb: str) -> None:
     group: Any = typer.main.get_command(app)
