@@ -345,7 +345,8 @@ def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> No
             axes.set(yscale="log", xlabel="thousands of tokens", title=f"{count} shared heads")
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.grid(visible=True)
-            axes.legend()
+            if axes.lines:
+                axes.legend()
         figure.axes[0].set_ylabel("held-out perplexity above the source's")
         figure.savefig(file)
 

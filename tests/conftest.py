@@ -18,7 +18,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,14 @@ def _frozen() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """For tests that compile: of code that all models share, torch counts the compilations of a whole process, and allows eight."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -148,6 +148,7 @@ def test_whoever_loads_a_checkpoint_finds_its_channels(checkpoint: Path, tmp_pat
         kvshare.load(checkpoint)
 
 
+@pytest.mark.usefixtures("compiling")
 @torch.no_grad()
 def test_one_graph_reads_channels(converted_folder: Callable[..., Path]) -> None:
     model = kvshare.load(converted_folder("llama-gqa"), dtype=torch.float32, cache_bits=4)

@@ -450,7 +450,8 @@ def test_eval_shows_checkpoints_side_by_side(
         assert [q["bits"] for q in report["quantised"]] == [8, 4]
         assert [t["task"] for t in report["tasks"]] == ["kvshare_sea"] * len(report["tasks"])
         assert report["tasks"][0].keys() == {*("task", "metric", "value", "value_error", "source_value", "source_value_error")}
-    table = run("eval", one, other, *asked[:-2]).out
+    few = ("--recall", "1", "--passkey", "1", "--cache-bits", "4")
+    table = run("eval", one, *asked[:9], *few).out
     for text in ("sliding windows of 80 tokens", "4 to 7", "64 pairs", "96 tokens, depth 25%", "the cache in 4 bits"):
         assert text in table
     refused(run("eval", one, *asked[:6], "--contexts", "many"), 2, "--contexts many")

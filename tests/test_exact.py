@@ -152,6 +152,7 @@ def test_sixteen_bits_lose_no_more_than_natively(
     assert divergence(halved) > 100 * plain
 
 
+@pytest.mark.usefixtures("compiling")
 def test_a_compiled_forward_has_no_graph_breaks(model: Any) -> None:
     ids = tokens()[:, :12]
     expected = in_parts(model, ids, 10, 1, 1)

@@ -65,6 +65,7 @@ def test_tokens_equal_native(converted_folder: Callable[..., Path], mode: str) -
     assert 2 * cache_bytes(shared.past_key_values) == cache_bytes(native.past_key_values)
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("key", ["tiny", "mistral-window"])
 @torch.no_grad()
 def test_one_graph_with_a_static_cache(converted_folder: Callable[..., Path], key: str) -> None:

@@ -496,6 +496,7 @@ def test_continuous_batching_in_pages_of_full_size(model_of: Callable[[str], Any
         pass
 
 
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize("key", ["llama", "mistral"])
 @torch.no_grad()
 def test_one_graph_with_a_static_cache(model_of: Callable[[str], Any], key: str) -> None:
