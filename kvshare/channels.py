@@ -96,7 +96,8 @@ def take_channels(folder: Path, rows: Tensor, device: torch.device, progress: Pr
         layer = read_layer(skeleton, index, device)
         if index in shapes:
             found[index] = _layer_channels(layer, family, shapes[index], hidden, call, device)
-        advance(layer, hidden, call, device)
+        if index < len(calls) - 1:
+            advance(layer, hidden, call, device)
         del layer  # or it would be in memory until the next one has been read
     progress("measuring channels", len(calls), len(calls))
     return found

@@ -264,7 +264,7 @@ def _make(work: Path, plan: Plan, tokenizer: Any, journal: Journal, progress: Pr
     staged = work / STAGED
     if MERGED not in journal:
         report = write_merged(staged, plan, rows, held_out, device, journal, progress)
-        if rows is not None:
+        if rows is not None and not settings.heal.enabled:  # healing changes the weights and takes them itself
             write_channels(staged, rows, device, progress)
         sync_folder(staged)
         journal.record(MERGED, None if report is None else asdict(report))
