@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,17 @@ def _is_file(task: str) -> bool:
 
 def _manager(tasks: Sequence[str]) -> Any:
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise UsageError(
             f"the tasks {', '.join(tasks)} cannot be run", "lm-eval is not installed", "pip install 'kvshare[tasks]'"
         ) from None
+    return _index()
+
+
+@cache
+def _index() -> Any:
+    """What lm-eval knows of its thousands of tasks; reading their files takes seconds, for every model anew if it is not kept."""
+    from lm_eval.tasks import TaskManager
+
     return TaskManager()
