@@ -18,7 +18,7 @@ from kvshare.layerwise import read_weights
 from kvshare.layout import pair_order
 from kvshare.passes import advance, attention_of
 from kvshare.progress import Progress, silent
-from kvshare.repeats import repeats_of
+from kvshare.repeats import shapes_of
 from kvshare.runtime.kvshare_channels import FILE, MOST, Channels, as_text
 from kvshare.source import open_source, read_json
 from kvshare.streaming import open_skeleton, read_layer
@@ -85,8 +85,7 @@ def take_channels(folder: Path, rows: Tensor, device: torch.device, progress: Pr
     source = open_source(folder)
     family = family_of(source.model_type).located(source.tensors)
     geometry = geometry_of(source.config, family, str(folder))
-    repeats = zip(source.config["kvshare"]["layers"], repeats_of(folder, source.config, geometry.kv_heads), strict=True)
-    shapes = {layer: (geometry.kv_heads // repeat, geometry.head_dim) for layer, repeat in repeats}
+    shapes = shapes_of(folder, source.config, geometry.kv_heads, geometry.head_dim)
     skeleton = open_skeleton(source, family, folder.parent)
     part = rows[: max(1, TOKENS // rows.shape[1])]
     hidden, calls = first_inputs(skeleton.model, skeleton.layers, part, device, skeleton.scratch)

@@ -53,6 +53,7 @@ from kvshare.parsing import is_file
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
 from kvshare.recipe import Recipe, load_recipe
+from kvshare.runtime.kvshare_channels import FILE as CHANNELS
 from kvshare.source import INDEX, Source, open_source, read_json, read_tensor_specs, weight_files
 from kvshare.tensors import best_device
 from kvshare.training import HealResult, check_healing, train
@@ -363,10 +364,10 @@ def write_healed(
 
 
 def carry_files(checkpoint: Path, staged: Path) -> None:
-    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card. Where there is a manifest, those that
-    it names, and nothing that someone has put beside them.
+    """Copy the small files of a checkpoint that are not there yet: tokenizer, runtime, card, but not its channels, which are
+    those of other weights. Where there is a manifest, those that it names, and nothing that someone has put beside them.
     """
     known = listed_files(checkpoint) if is_file(checkpoint / MANIFEST) else {file.name for file in checkpoint.iterdir()}
-    for name in sorted({*known} - {*weight_files(checkpoint), INDEX, MANIFEST}):
+    for name in sorted({*known} - {*weight_files(checkpoint), INDEX, MANIFEST, CHANNELS}):
         if is_file(checkpoint / name) and not (staged / name).exists():
             shutil.copyfile(checkpoint / name, staged / name)

@@ -39,6 +39,12 @@ def repeats_of(checkpoint: Path, config: dict[str, Any], stored: int) -> list[in
     return [stored // count for count in heads]
 
 
+def shapes_of(checkpoint: Path, config: dict[str, Any], stored: int, head_dim: int) -> dict[int, tuple[int, int]]:
+    """KV heads that differ, and head_dim, of every shared layer; for the arguments and errors see `repeats_of`."""
+    repeats = zip(config["kvshare"]["layers"], repeats_of(checkpoint, config, stored), strict=True)
+    return {layer: (stored // repeat, head_dim) for layer, repeat in repeats}
+
+
 def check_repeats(name: str, rows: bytes, repeat: int, heads: int) -> None:
     """Check that the `heads` heads of a projection come in runs of `repeat` equal ones.
 

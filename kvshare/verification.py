@@ -20,7 +20,7 @@ from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
-from kvshare.repeats import check_repeats, repeats_of
+from kvshare.repeats import check_repeats, repeats_of, shapes_of
 from kvshare.rotated import says_rotated
 from kvshare.runtime import ROTATED
 from kvshare.runtime.kvshare_channels import FILE, read_channels
@@ -148,8 +148,7 @@ def verify_form(checkpoint: Path) -> int:
         )
     repeats = repeats_of(checkpoint, config, geometry.kv_heads)
     if block["form"] == "shared" and is_file(checkpoint / FILE):
-        heads_of = zip(block["layers"], repeats, strict=True)
-        _check_channels(checkpoint, {layer: (geometry.kv_heads // repeat, geometry.head_dim) for layer, repeat in heads_of})
+        _check_channels(checkpoint, shapes_of(checkpoint, config, geometry.kv_heads, geometry.head_dim))
     for layer, repeat in zip(block["layers"], repeats, strict=True):
         if block["form"] == "exact":
             continue

@@ -20,7 +20,7 @@ from kvshare.channels import ChannelRanges, take_channels, write_channels
 from kvshare.checkpoint import MANIFEST
 from kvshare.data import load_tokenizer, token_rows
 from kvshare.errors import BadCheckpointError
-from kvshare.healing import heal_rows, healing_recipe
+from kvshare.healing import carry_files, heal_rows, healing_recipe
 from kvshare.loading import load_native, plain_forward
 from kvshare.progress import silent
 from kvshare.quantised import round_trip, through_quantised_cache
@@ -204,6 +204,13 @@ def test_healing_takes_channels_anew(
         written = (healed / FILE).read_text()
         assert written == as_text(take_channels(healed, rows, CPU))
         assert written != as_text(take_channels(checkpoint, rows, CPU))
+
+
+def test_channels_of_other_weights_are_not_carried(checkpoint: Path, tmp_path: Path) -> None:
+    assert (checkpoint / FILE).exists()
+    carry_files(checkpoint, tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
+    assert not (tmp_path / FILE).exists()
 
 
 VALID = json.loads(

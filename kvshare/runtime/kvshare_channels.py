@@ -112,7 +112,7 @@ def give_channels(attentions: list[Any], name: Any, options: Mapping[str, Any]) 
         module.kvshare_channels = found[module.layer_idx]
 
 
-def write_channels(attentions: list[Any], folder: Path) -> None:
+def save_channels(attentions: list[Any], folder: Path) -> None:
     """Write the file of a model that is saved, where its attention modules have channels; see `give_channels`."""
     found = {module.layer_idx: module.kvshare_channels for module in attentions if module.kvshare_channels is not None}
     if found:

@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
 from .kvshare_bits import BITS, dequantise, read, refuse, update
-from .kvshare_channels import channels_on, give_channels, write_channels
+from .kvshare_channels import channels_on, give_channels, save_channels
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -788,7 +788,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         for file in Path(__file__).parent.glob("kvshare_*.py"):
             shutil.copyfile(file, Path(save_directory) / file.name)
-        write_channels([attention for _, attention in _shared_attention(self)], Path(save_directory))
+        save_channels([attention for _, attention in _shared_attention(self)], Path(save_directory))
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
             rows = attention.kvshare_stored * attention.head_dim
