@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import transformers
-from quality import Book, Texts, converted, figures, quantised
+from quality import Book, Texts, converted, figures, made, quantised
 from torch import Tensor, nn
 
 import kvshare
@@ -101,20 +101,9 @@ class Bench:
 
     def budgeted(self, budget: float, seed: int) -> Any:
         """A converted model that is not healed, whose layers share as many heads as they bear."""
-        options = self.options
-        output = options.out / f"{self.source.path.name}-budget-{budget}-{seed}"
-        if not output.exists():
-            kvshare.convert(
-                options.model,
-                output,
-                recipe=load_recipe("eighth", kv_heads="all", cache_budget=budget),
-                calibration=options.train_data,
-                heal=False,
-                seed=seed,
-                eval_data=options.eval_data,
-                eval_tokens=options.eval_tokens,
-            )
-        return kvshare.load(output, dtype=torch.float32).to(self.device)
+        recipe, options = load_recipe("eighth", kv_heads="all", cache_budget=budget), self.options
+        folder = made(options.model, f"budget-{budget}-{seed}", recipe, seed, options, options.train_data)
+        return kvshare.load(folder, dtype=torch.float32).to(self.device)
 
     def grouped(self, heads: int) -> Any:
         """The source with neighbouring KV heads averaged, K and V apart."""

@@ -32,7 +32,7 @@ from kvshare.data import load_tokenizer
 from kvshare.evaluation import compare_quantised, evaluation_rows, stored_bytes
 from kvshare.loading import load_native
 from kvshare.progress import silent
-from kvshare.recipe import load_recipe
+from kvshare.recipe import Recipe, load_recipe
 from kvshare.retrieval import read_questions, recall
 from kvshare.sections import Form
 from kvshare.source import open_source
@@ -109,10 +109,15 @@ def converted(model: str, init: str, heads: int, seed: int, options: Texts, trai
     """The unhealed checkpoint of these settings, converted once."""
     which = "" if options.form == "shared" else f"{options.form}-"
     which += init if ablation == "as it is" else ablation.replace(" ", "-")
-    output = options.out / f"{Path(model).name}-{which}-{heads}-{seed}"
+    settings = {"init": init, "form": options.form, "kv_heads": heads, **ABLATIONS[ablation]}
+    recipe = load_recipe("eighth" if init == "learned" else "half", **settings)
+    return made(model, f"{which}-{heads}-{seed}", recipe, seed, options, train)
+
+
+def made(model: str, name: str, recipe: Recipe, seed: int, options: Texts, train: str) -> Path:
+    """The unhealed checkpoint of a recipe, converted once; its figures lie in its report."""
+    output = options.out / f"{Path(model).name}-{name}"
     if not output.exists():
-        settings = {"init": init, "form": options.form, "kv_heads": heads, **ABLATIONS[ablation]}
-        recipe = load_recipe("eighth" if init == "learned" else "half", **settings)
         kvshare.convert(
             model,
             output,
@@ -142,17 +147,7 @@ def healed(model: str, init: str, heads: int, seed: int, options: Options) -> di
 
 def within_budget(model: str, budget: float, options: Options) -> dict[str, Any]:
     """The heads that a cache budget chooses, layer by layer, and what they cost together."""
-    output = options.out / f"{Path(model).name}-budget-{budget}"
-    if not output.exists():
-        kvshare.convert(
-            model,
-            output,
-            cache_budget=budget,
-            calibration=options.train_data,
-            heal=False,
-            eval_data=options.eval_data,
-            eval_tokens=options.eval_tokens,
-        )
+    output = made(model, f"budget-{budget}", load_recipe(None, cache_budget=budget), 0, options, options.train_data)
     report = json.loads((output / "report.json").read_text())
     sensitivity = report["sensitivity"]
     return {key: report[key] for key in FIGURES} | {
