@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_num_threads(threads)
 
 
-def test_quality_and_healing_measure(run: Any, text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quality_and_healing_measure(
+    run: Any, source_folder: Callable[[str], Path], text_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = ["--train-data", text_file, "--eval-data", text_file, "--eval-tokens", "1024", "--heal-tokens", "1024"]
-    given += ["--out", str(tmp_path), "--seeds", "1", "--heads", "8"]
-    run("quality", *given, "--only", "^(mean 8 seed 0|int8 cache)$")
+    given += ["--model", str(source_folder("llama-gqa")), "--out", str(tmp_path), "--seeds", "1", "--heads", "4"]
+    run("quality", *given, "--only", "^(mean 4 seed 0|int8 cache|budget 0.5 seed 0)$")
     measured = json.loads((tmp_path / "quality.json").read_text())
-    assert set(measured) == {"mean 8 seed 0", "int8 cache"}
+    assert set(measured) == {"mean 4 seed 0", "int8 cache", "budget 0.5 seed 0"}
     named = ("more training",)
     run("healing", *given, "--speed-tokens", "4096", "--curve-rows", "1", "--only", f"^(({'|'.join(named)}) seed 0|speed)$")
     measured = json.loads((tmp_path / "healing.json").read_text())

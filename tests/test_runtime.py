@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def folder_of(converted_folder: Callable[..., Path], mixed_folder: Callable[[str
 
 @pytest.fixture(scope="module")
 def pair(folder_of: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
-    """The native and the shared or exact form of a converted model, float32."""
+    """The native and the shared or exact form of a converted model, float32; loaded once, so no test may change them."""
 
+    @cache
     def get(form: str, kv_heads: int | None = None) -> tuple[Any, Any]:
         folder = folder_of(form, kv_heads)
         native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
