@@ -14,14 +14,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim.lr_scheduler import LambdaLR
 
 from kvshare.activations import LayerCall
 from kvshare.families import Family
 from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
+from kvshare.orthogonal import HeadwiseMuon
 from kvshare.sections import Fit
 
 WARMUP = 0.05  # fraction of the steps
+PROJECTIONS = 0.4  # of the learning rate: all numbers of a matrix move in every step of theirs
 HELD_OUT = 1 / 16  # of the rows are not trained on
 LOOKS = 15  # how often the held-out error is measured
 PATIENCE = 5  # looks without a new best of the trained weights before training stops
@@ -72,9 +75,9 @@ def fit_layer(
     # Rows of very different size share one learning rate: each matrix is trained relative to its own scale.
     scales = {field: value.square().mean().sqrt().clamp_min(1e-8) for field, value in start.items()}
     free = {field: (value / scales[field]).clone().requires_grad_(True) for field, value in start.items()}
-    optimizer = torch.optim.AdamW(free.values(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizers = _optimizers(free, weights.head_dim, settings.learning_rate)
     warmup = max(1, int(WARMUP * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, warmup, settings.steps))
+    schedules = [LambdaLR(optimizer, lambda step: _cosine(step, warmup, settings.steps)) for optimizer in optimizers]
     held = max(1, int(HELD_OUT * len(inputs)))
     trained_rows = max(1, len(inputs) - held)
     per_step = max(1, min(trained_rows, settings.batch_tokens // inputs.shape[1]))
@@ -107,10 +110,12 @@ def fit_layer(
             order = torch.cat([order, torch.randperm(trained_rows, generator=generator)])
         rows, order = order[:per_step].to(device), order[per_step:]
         loss = missed(rows)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         taken = step + 1
         progress(taken, settings.steps)
         if taken % every == 0 or taken == settings.steps:
@@ -125,6 +130,16 @@ def fit_layer(
     progress(settings.steps, settings.steps)
     trained = {field: (value * scales[field]).double() for field, value in kept.items()}
     return weights.with_tensors(trained | {"v": trained["k"]}), FitReport(taken, kept_step, first, least)
+
+
+def _optimizers(free: dict[str, Tensor], head_dim: int, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the projections, Adam for biases and norms, by field name."""
+    projections = [{"params": [free[name]], "head_dim": head_dim, "columns": name == "o"} for name in ("q", "k", "o")]
+    others = [value for name, value in free.items() if name not in ("q", "k", "o")]
+    optimizers: list[torch.optim.Optimizer] = [HeadwiseMuon(projections, PROJECTIONS * rate)]
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0))
+    return optimizers
 
 
 def _cosine(step: int, warmup: int, steps: int) -> float:

@@ -91,7 +91,7 @@ class Fit(Section):
     steps: Positive = 1_200
     batch_tokens: Positive = 1_024
     learning_rate: PositiveReal = 1e-2
-    """Relative to the root mean square of each matrix."""
+    """Relative to the root mean square of each tensor. Of a projection, where a step moves every number, it is 0.4 of this."""
 
 
 class Heal(Section):

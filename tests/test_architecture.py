@@ -27,6 +27,7 @@ LAYERS = [
     ["moments"],
     ["activations"],
     ["streaming", "passes"],
+    ["orthogonal"],
     ["fit"],
     ["layerwise"],
     ["sensitivity", "spectra", "channels"],

@@ -57,7 +57,7 @@ def test_learning_improves_on_the_closed_form(tmp_path: Path, own_text: tuple[st
     recipe.write_text(
         yaml.safe_dump(
             {
-                "fit": {"steps": 40, "batch_tokens": 1024},
+                "fit": {"steps": 40, "batch_tokens": 1024, "learning_rate": 0.05},
                 "kv_heads": 2,
                 "merge": {"balance": [1.0], "grouping": "neighbours"},
                 "heal": {"enabled": False},
