@@ -387,7 +387,7 @@ def test_the_fit_learns_the_function_of_this_form(source_folder: Callable[[str],
     with torch.no_grad():
         wanted = attention(inputs, **call.arguments)[0]
     moved = weights.k * torch.linspace(0.5, 1.5, len(weights.k))[:, None]
-    settings = Fit.model_validate({"batch_tokens": 128, "steps": 60})
+    settings = Fit.model_validate({"batch_tokens": 128, "steps": 60, "learning_rate": 0.05})
     start = weights.with_tensors({"k": moved, "v": moved})
     result, report = fit_layer(attention, family, start, inputs, wanted, call, settings, 0, lambda done, total: None)
     assert report.held_out_after < 0.2 * report.held_out_before
