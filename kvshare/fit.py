@@ -134,9 +134,10 @@ def fit_layer(
 
 def _optimizers(free: dict[str, Tensor], head_dim: int, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the projections, Adam for biases and norms, by field name."""
-    projections = [{"params": [free[name]], "head_dim": head_dim, "columns": name == "o"} for name in ("q", "k", "o")]
-    others = [value for name, value in free.items() if name not in ("q", "k", "o")]
-    optimizers: list[torch.optim.Optimizer] = [HeadwiseMuon(projections, PROJECTIONS * rate)]
+    projections = ("q", "k", "o")
+    groups = [{"params": [free[name]], "head_dim": head_dim, "columns": name == "o"} for name in projections]
+    others = [value for name, value in free.items() if name not in projections]
+    optimizers: list[torch.optim.Optimizer] = [HeadwiseMuon(groups, PROJECTIONS * rate)]
     if others:
         optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0))
     return optimizers

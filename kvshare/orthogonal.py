@@ -38,7 +38,9 @@ class HeadwiseMuon(torch.optim.Optimizer):
         assert closure is None
         for group in self.param_groups:
             for value in group["params"]:
-                momentum = self.state[value].setdefault("momentum", torch.zeros_like(value))
+                if value not in self.state:
+                    self.state[value]["momentum"] = torch.zeros_like(value)
+                momentum = self.state[value]["momentum"]
                 momentum.lerp_(value.grad, 1 - MOMENTUM)
                 ahead = value.grad.lerp(momentum, MOMENTUM)
                 turned = ahead.T if group["columns"] else ahead

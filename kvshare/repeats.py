@@ -1,6 +1,6 @@
 """Heads that a checkpoint holds several times, because layers of one native model all have equally many.
 
-In: a checkpoint's config, the bytes of a projection. Out: how often each layer holds each of its heads; refusals.
+In: a checkpoint's config, the bytes of a projection. Out: how many heads of each layer differ; refusals.
 Never: reads files, changes weights.
 """
 
@@ -12,13 +12,14 @@ from typing import Any
 from kvshare.errors import BadCheckpointError
 
 
-def repeats_of(checkpoint: Path, config: dict[str, Any], stored: int) -> list[int]:
-    """How often every shared layer holds each of its heads, in the order of the kvshare block's layers.
+def shapes_of(checkpoint: Path, config: dict[str, Any], stored: int, head_dim: int) -> dict[int, tuple[int, int]]:
+    """How many KV heads of a shared layer differ, and their head_dim, by layer, in the order of the kvshare block's layers.
 
     Args:
         checkpoint: what to call it.
         config: its config.json, with a kvshare block; one without `kv_heads` repeats nothing.
         stored: how many KV heads its weights have.
+        head_dim: of all layers.
 
     Raises:
         BadCheckpointError: `kv_heads` does not fit the layers, or does not divide the stored heads.
@@ -36,13 +37,7 @@ def repeats_of(checkpoint: Path, config: dict[str, Any], stored: int) -> list[in
             f"its kv_heads {heads!r} do not fit its {len(layers)} layers of {stored!r} stored heads",
             "convert the model again",
         )
-    return [stored // count for count in heads]
-
-
-def shapes_of(checkpoint: Path, config: dict[str, Any], stored: int, head_dim: int) -> dict[int, tuple[int, int]]:
-    """KV heads that differ, and head_dim, of every shared layer; for the arguments and errors see `repeats_of`."""
-    repeats = zip(config["kvshare"]["layers"], repeats_of(checkpoint, config, stored), strict=True)
-    return {layer: (stored // repeat, head_dim) for layer, repeat in repeats}
+    return {layer: (count, head_dim) for layer, count in zip(layers, heads, strict=True)}
 
 
 def check_repeats(name: str, rows: bytes, repeat: int, heads: int) -> None:

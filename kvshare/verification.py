@@ -20,7 +20,7 @@ from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
-from kvshare.repeats import check_repeats, repeats_of, shapes_of
+from kvshare.repeats import check_repeats, shapes_of
 from kvshare.rotated import says_rotated
 from kvshare.runtime import ROTATED
 from kvshare.runtime.kvshare_channels import FILE, read_channels
@@ -146,10 +146,10 @@ def verify_form(checkpoint: Path) -> int:
         raise BadCheckpointError(
             f"the layers of {checkpoint} are not square", "k_proj would have no inverse", "convert the model again"
         )
-    repeats = repeats_of(checkpoint, config, geometry.kv_heads)
+    shapes = shapes_of(checkpoint, config, geometry.kv_heads, geometry.head_dim)
     if block["form"] == "shared" and is_file(checkpoint / FILE):
-        _check_channels(checkpoint, shapes_of(checkpoint, config, geometry.kv_heads, geometry.head_dim))
-    for layer, repeat in zip(block["layers"], repeats, strict=True):
+        _check_channels(checkpoint, shapes)
+    for layer, (kv_heads, _) in shapes.items():
         if block["form"] == "exact":
             continue
         key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))
@@ -163,8 +163,8 @@ def verify_form(checkpoint: Path) -> int:
                 "convert the model again; train shared models through kvshare only",
             )
         for name in (family.weight(layer, "k"), family.bias(layer, "k"), family.bias(layer, "v")):
-            if name in specs and repeat > 1:
-                check_repeats(name, _bytes(checkpoint, specs[name]), repeat, geometry.kv_heads)
+            if name in specs and kv_heads < geometry.kv_heads:
+                check_repeats(name, _bytes(checkpoint, specs[name]), geometry.kv_heads // kv_heads, geometry.kv_heads)
     return len(block["layers"])
 
 
