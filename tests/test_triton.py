@@ -146,12 +146,13 @@ def compiled(kernel, capability, constants, pointers):
 floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sizes", "sinks", "partial"), "*fp32")
 floats |= dict.fromkeys(("scaling", "eps", "softcap"), "fp32") | {"scales": "*fp16"}
 every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
-flags = dict.fromkeys((*every, "SIZES", "WIDE", "PACKED"), False)
-decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "N": 64, "P": 32, "R": 16}
+flags = dict.fromkeys((*every, "SIZES", "OVERLAP", "WIDE", "PACKED"), False)
+decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "P": 32, "R": 16}
+decode |= {"N": 64, "T": 1, "TILE": 64, "LINES": 32}
 for capability, dtype, more in (
     (80, "*bf16", {"PACKED": True}),
-    (90, "*bf16", {"PACKED": True, "NORM": True, "D": 128, "PAIRS": 64, "P": 64}),
-    (90, "*fp16", {"PACKED": True, "KIND": 2}),
+    (90, "*bf16", {"PACKED": True, "NORM": True, "D": 128, "PAIRS": 64, "P": 64, "N": 16, "T": 2, "OVERLAP": True}),
+    (90, "*fp16", {"PACKED": True, "KIND": 2, "N": 32, "T": 2}),
     (90, "*bf16", {"PACKED": True, "PAIRS": 0, "R": 64}),
     (90, "*fp16", every | {"SPLIT": False, "M": 64, "PAIRS": 16, "R": 32, "MASK": 1}),
     (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
@@ -161,7 +162,8 @@ for capability, dtype, more in (
     shared = {0: dtype, 2: "*i8", 3: "*u8"}[constants["KIND"]]
     pointers = floats | {"query": dtype, "out": dtype, "shared": shared, "mask": "*fp32" if constants["MASK"] == 2 else "*i8"}
     assert "mma" in compiled(kernels.attend_kernel, capability, constants, pointers).asm["ptx"]
-    constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "SIZES": True, "S": 128, "C": 64, "W": 32}
+    constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "SIZES": True, "S": 128, "W": 32}
+    constants |= {"OVERLAP": capability == 90}
     compiled(kernels.join_kernel, capability, constants, floats | {"out": "*bf16"})
 """
 

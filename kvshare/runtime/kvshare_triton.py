@@ -17,8 +17,9 @@ from torch import Tensor
 from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
 from .kvshare_kernels import attend_kernel, join_kernel
 
-LEAST, MOST = 8, 128  # tiles of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
-PROGRAMS = 16  # for each processor of the device, at most
+LEAST, MOST = 4, 128  # rounds of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
+LINES = 32  # of 128 bytes that a program asks for before it needs them
+PROGRAMS = 4  # for each processor of the device, at most: tables and queries are made ready in each
 
 
 def interpreted() -> bool:
@@ -62,6 +63,12 @@ def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched while the one before it ends: on NVIDIA's devices from Hopper on."""
+    return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _packs(
     query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None, sizes: Tensor | None
 ) -> bool:
@@ -72,22 +79,21 @@ def _packs(
 
 
 class Launch(NamedTuple):
-    """Warps of a program, stages of its loads, and registers of a thread at most (None: any)."""
+    """Rows of a block, slots of a part, parts of a round; warps of a program, stages of its loads."""
 
+    block: int
+    part: int
+    parts: int
     warps: int
     stages: int
-    registers: int | None
 
 
-def _launch(head_dim: int, block: int, normed: bool) -> Launch:
-    """Of what was tried on an H200 for head_dim 64 and 128, the fastest."""
-    if block > 16:
-        return Launch(4 if head_dim <= 64 else 8, 2, None)
-    if head_dim <= 64:
-        return Launch(1, 4, None)
-    if head_dim <= 128:
-        return Launch(2, 4, None) if normed else Launch(2, 3, 168)
-    return Launch(4, 3, None)
+def _launch(head_dim: int, rows: int) -> Launch:
+    """Of what was tried on an H100 for head_dim 64 and 128, the fastest."""
+    if rows > 16:
+        return Launch(min(64, _power(rows)), 64, 1, 4 if head_dim <= 64 else 8, 2)
+    block = 8 if rows <= 4 else 16
+    return Launch(block, 16, 2 if 2 * rows <= block else 1, 1 if head_dim <= 128 else 4, 4 if head_dim <= 64 else 3)
 
 
 def attend_on_gpu(
@@ -138,11 +144,11 @@ def attend_on_gpu(
     tabled = isinstance(tables, Tensor)
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
-    block = min(64, max(8, _power(rows)))
-    tile = len(tables[1]) if isinstance(tables, tuple) else TILE if block <= 16 else 2 * TILE
-    blocks, tiles = _parts(rows, block), _parts(slots, tile)
-    launch = _launch(head_dim, block, norm is not None)
-    splits = max(1, min(_parts(PROGRAMS * _processors(query.device), blocks * batch * heads), _parts(tiles, LEAST), MOST))
+    launch = _launch(head_dim, rows)
+    tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
+    part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
+    blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
+    splits = max(1, min(PROGRAMS * _processors(query.device) // (blocks * batch * heads), _parts(rounds, LEAST), MOST))
     query, shared = in_rows(query), in_rows(shared)
     if mask is not None:
         mask = in_rows(mask.expand(batch, 1, new, slots))
@@ -153,7 +159,8 @@ def attend_on_gpu(
     partial = torch.empty(size, device=query.device, dtype=torch.float32)
     none = partial  # stands for what there is not
     options: dict[str, Any] = {"VALUE_BIAS": value_bias is not None, "SINKS": sinks is not None, "SIZES": sizes is not None}
-    options |= {"GROUP": group, "D": head_dim}
+    options |= {"GROUP": group, "D": head_dim, "OVERLAP": _overlaps(query.device)}
+    launched = {"launch_pdl": True} if options["OVERLAP"] else {}
     table = none if every is None else every.contiguous()
     attend_kernel[(blocks, batch * heads, splits)](
         query,
@@ -194,13 +201,16 @@ def attend_on_gpu(
         SPLIT=splits > 1,
         WIDE=wide,
         PACKED=_packs(query, tabled, pairs, head_dim, key_bias, norm, sizes),
-        M=block,
-        N=tile,
+        M=launch.block,
+        N=part,
+        T=parts,
+        TILE=tile,
+        LINES=LINES,
         P=max(16, _power(pairs)),
         R=max(16, _power(head_dim - 2 * pairs)) if 2 * pairs < head_dim else 16,
         num_warps=launch.warps,
         num_stages=launch.stages,
-        maxnreg=launch.registers,
+        **launched,
         **options,
     )
     if splits > 1:
@@ -216,8 +226,8 @@ def attend_on_gpu(
             rows,
             splits,
             S=_power(splits),
-            C=min(64, _power(splits)),
             W=columns,
+            **launched,
             **options,
         )
     return out.to(query.dtype)
