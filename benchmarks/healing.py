@@ -132,8 +132,10 @@ class Bench:
 
     def train(
         self, name: str, student: Any, seed: int, data: str | None = None, tokens: int | None = None, **heal: Any
-    ) -> tuple[list[tuple[int, float]], float]:
-        """Train `student` in place; returns the curve (tokens, perplexity of the first held-out rows) and tokens per second."""
+    ) -> tuple[list[tuple[int, float]], float, float]:
+        """Train `student` in place; returns the curve (tokens, perplexity of the first held-out rows), tokens per second, and the
+        learning rate.
+        """
         options = self.options
         recipe = self.recipe(tokens or options.heal_tokens, seed, data or options.train_data, **heal)
         teacher = self.teacher()
@@ -157,7 +159,8 @@ class Bench:
         state = fresh_folder(options.out / "states" / name.replace(" ", "-"))
         _, result = train(student, teacher, rows, recipe.heal, seed, state, False, look)
         shutil.rmtree(state)
-        return curve, rows.numel() * (result.steps - first) / result.steps / spent if spent else float("nan")
+        speed = rows.numel() * (result.steps - first) / result.steps / spent if spent else float("nan")
+        return curve, speed, result.learning_rate
 
     def perplexity(self, model: Any) -> float:
         """Of the first rows of the held-out text, for the curve."""
@@ -171,9 +174,9 @@ class Bench:
 
     def healed(self, name: str, student: Any, seed: int, data: str | None = None, **heal: Any) -> dict[str, Any]:
         """The figures of a model that is trained, and how it got there."""
-        curve, speed = self.train(name, student, seed, data, **heal)
+        curve, speed, rate = self.train(name, student, seed, data, **heal)
         report = compare(student.eval(), self.teacher(), self.held_out, Path(self.options.eval_data).name, self.bytes)
-        values = figures(report) | {"curve": curve, "tokens_per_second": speed}
+        values = figures(report) | {"curve": curve, "tokens_per_second": speed, "learning_rate": rate}
         if self.questions:
             values["recall"] = recall(student, self.tokenizer, self.questions)
         return values

@@ -67,6 +67,7 @@ def run(
         print_json(result.to_dict() | measured | {"output": str(output)})
         return
     print(f"{result.tokens:,} tokens in {result.steps} steps, loss {result.losses[0][1]:.4f} -> {result.losses[-1][1]:.4f}")
+    print(f"learning rate, at its highest: {result.learning_rate:.2g}")
     print("the last steps: " + ", ".join(f"{name} {value:.4f}" for name, value in result.terms.items()))
     if result.report is None:
         print(f"written to {output}; measure it with: kvshare eval {output} --against {source} --data DATA")

@@ -1,6 +1,7 @@
 """One step of healing, undone: what would fail in the first hour fails in the first seconds.
 
-In: a student with adapters and all that its training needs. Out: nothing, or an error that names what failed.
+In: a student with adapters and all that its training needs. Out: the terms of the loss at the start, or an error
+that names what failed.
 Never: leaves a weight, a gradient or a file changed.
 """
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from kvshare import processes
-from kvshare.distillation import LOWER, Layers, Schedule, finite_gradients, make_trainer, training_arguments
+from kvshare.distillation import LOWER, Layers, Schedule, finite_gradients, last_terms, make_trainer, training_arguments
 from kvshare.errors import KVShareError, TrainingError
+from kvshare.losses import term_weights
 from kvshare.sections import Heal
 
 START, FORWARD, BACKWARD, STEP = "setting up the training", "the forward pass", "the backward pass", "the optimizer's step"
@@ -43,8 +45,9 @@ def preflight(
     optimizer: Callable[[], torch.optim.Optimizer],
     folder: Path,
     seed: int,
-) -> None:
-    """Forward, backward, optimizer step, save and reload on the first rows, as training does them; then as if it had not been.
+) -> dict[str, float]:
+    """Forward, backward, optimizer step, save and reload on the rows of the first step, as training does them; then as if it had
+    not been. Returns the mean of each term of the loss over these rows before the step, without its weight, by name.
 
     Args:
         adapted, teacher, rows, settings, layers: as for `make_trainer`.
@@ -72,6 +75,10 @@ def preflight(
             nonlocal stage
             stage = FORWARD
 
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal stage
+            stage = FORWARD
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             nonlocal stage
             if not finite_gradients(model):
@@ -83,20 +90,21 @@ def preflight(
             stage = SAVE
 
     before, unreported = _trainable(adapted), settings.model_copy(update={"report_to": ()})
-    once = Schedule(schedule.micro, 1, 1, schedule.rate, "constant")
+    once = Schedule(schedule.micro, schedule.accumulation, 1, schedule.rate, "constant")
     try:
         trainer = make_trainer(
             adapted,
             teacher,
             training_arguments(folder, once, unreported, 1, seed),
             optimizer,
-            rows[: schedule.micro * processes.count()],
+            rows[: schedule.micro * schedule.accumulation * processes.count()],
             settings,
             layers,
             forwarded,
             [Stages()],
         )
         trainer.train()
+        terms = last_terms(trainer.state.log_history, list(term_weights(settings)))
         after = _trainable(adapted)
         if not all(bool(torch.isfinite(value).all()) for value in after.values()):
             stage = STEP
@@ -110,6 +118,7 @@ def preflight(
             trainer.model_wrapped.destroy()  # it listens to gradients, too
         del trainer
         processes.meet()
+        return terms
     except KVShareError:
         raise
     except Exception as error:

@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ from kvshare.distillation import (
 from kvshare.errors import UsageError
 from kvshare.evaluation import Report
 from kvshare.families import Family, Part, family_of
-from kvshare.losses import term_weights
+from kvshare.losses import KL, term_weights
 from kvshare.preflight import preflight
 from kvshare.progress import Progress
 from kvshare.sections import Heal
 from kvshare.targets import Targets, make_targets
 
 BASE_RATE, BASE_HIDDEN, BASE_RANK = 2e-3, 128, 16
+# Nats per token at the start. Measured on text apart: at a rate of 1e-3 a start of 0.0071 ends worse than it began, and better at a
+# quarter of it; one of 0.0083 ends better at half; one of 0.049 as well at 0.7. The KL is a squared distance, the rate a distance.
+FULL_KL = 0.1
+ROUNDING = 1e-6  # nats per token; a KL below it is that of a model and itself, and says nothing of a distance
 WARMUP = 16  # steps at least: the first ones are as large as the rate, however small the gradient
 
 
@@ -50,21 +55,23 @@ class HealResult:
     """What healing did: tokens seen, optimizer steps, and the loss over the training text, by step.
 
     The loss is the KL in nats per token, plus the weighted other terms where a recipe asks for them; `terms` holds the mean of each
-    over the last ten steps, before its weight. `report` is the measurement of the result by `heal`, where it was asked for, and
-    `contamination` what its text shares with that of healing.
+    over the last ten steps, before its weight. `learning_rate` is that of LoRA where it was highest. `report` is the measurement of
+    the result by `heal`, where it was asked for, and `contamination` what its text shares with that of healing.
     """
 
     tokens: int
     steps: int
     losses: tuple[tuple[int, float], ...]
     terms: dict[str, float]
+    learning_rate: float
     report: Report | None = None
     contamination: Contamination | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What training did as JSON data, for report.json."""
         losses = [list(entry) for entry in self.losses]
-        return {"tokens": self.tokens, "steps": self.steps, "losses": losses, "terms": self.terms}
+        figures = {"tokens": self.tokens, "steps": self.steps, "learning_rate": self.learning_rate}
+        return figures | {"losses": losses, "terms": self.terms}
 
 
 def train(
@@ -105,12 +112,9 @@ def train(
     batch, micro = batch_rows(settings, length, int(student.config.vocab_size), len(rows))
     steps = math.ceil(len(rows) / batch)
     size = BASE_HIDDEN / int(student.config.hidden_size) * min(1.0, BASE_RANK / settings.lora_rank)
-    rate = settings.learning_rate or BASE_RATE * math.sqrt(size)
+    highest = settings.learning_rate or BASE_RATE * math.sqrt(size)
     warmup = min(0.5, max(WARMUP / steps, min(0.05, 20 / steps)))  # of all steps
-    schedule = Schedule(micro, batch // (micro * processes.count()), steps, rate, warmup=warmup)
-
-    def optimizer() -> torch.optim.Optimizer:
-        return make_optimizer(adapted, family.k, rate, settings.shared_rate)
+    schedule = Schedule(micro, batch // (micro * processes.count()), steps, highest, warmup=warmup)
 
     teacher.requires_grad_(False)
     layers = attention_pairs(adapted.get_base_model(), teacher, family)
@@ -118,11 +122,16 @@ def train(
     if cuts:
         beside = None if isinstance(wanted, Targets) else teacher
         cut(adapted.get_base_model(), beside, family, int(student.config.num_hidden_layers))
-    preflight(adapted, wanted, rows, settings, layers, schedule, optimizer, state / "preflight", seed)
+    optimizer = partial(make_optimizer, adapted, family.k, shared_rate=settings.shared_rate)
+    once = partial(optimizer, highest)
+    at_start = preflight(adapted, wanted, rows, settings, layers, schedule, once, state / "preflight", seed)
+    if settings.learning_rate is None:
+        schedule = replace(schedule, rate=rate_for(highest, at_start.get(KL)))
     transformers.set_seed(seed)
     watch = make_watch(state, settings.divergence_factor, math.ceil(settings.progressive * steps), progress)
     arguments = training_arguments(state, schedule, settings, settings.save_steps, seed)
-    trainer = make_trainer(adapted, wanted, arguments, optimizer, rows, settings, layers, watch.check_loss, [watch])
+    trained_by = partial(optimizer, schedule.rate)
+    trainer = make_trainer(adapted, wanted, arguments, trained_by, rows, settings, layers, watch.check_loss, [watch])
     newest = newest_state(state) if resume else None
     processes.meet()
     for folder in state.glob("checkpoint-*") if processes.is_first() else ():
@@ -138,7 +147,19 @@ def train(
     if not cuts:
         teacher.to(trainer.args.device)
     log = trainer.state.log_history
-    return changed, HealResult(rows.numel(), steps, logged_losses(log), last_terms(log, list(term_weights(settings))))
+    rate = float(trainer.lr_scheduler.state_dict()["base_lrs"][0])  # of the state that was gone on from, where there was one
+    return changed, HealResult(rows.numel(), steps, logged_losses(log), last_terms(log, list(term_weights(settings))), rate)
+
+
+def rate_for(highest: float, kl: float | None) -> float:
+    """The learning rate for a start at a KL to the source, in nats per token: with its root, at most `highest`.
+
+    That is the rate as well where the KL is None, because it does not count, or nothing but rounding. The factor has two digits, so
+    that one process and several, which sum in another order, have the same rate.
+    """
+    if kl is None or not kl > ROUNDING:
+        return highest
+    return highest * min(1.0, float(f"{math.sqrt(kl / FULL_KL):.1e}"))
 
 
 def _merged(adapted: Any, modules: Collection[str]) -> dict[str, Tensor]:

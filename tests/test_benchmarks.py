@@ -42,6 +42,7 @@ def test_quality_and_healing_measure(
     run("healing", *given, "--speed-tokens", "4096", "--curve-rows", "1", "--only", f"^(({'|'.join(named)}) seed 0|speed)$")
     measured = json.loads((tmp_path / "healing.json").read_text())
     assert set(measured) == {*(f"{name} seed 0" for name in named), "speed"}
+    assert measured["more training seed 0"]["learning_rate"] > 0
     capsys.readouterr()
     run("healing", *given, "--table")
     table = capsys.readouterr().out

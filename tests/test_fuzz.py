@@ -580,7 +580,10 @@ RESULTS: dict[str, tuple[Any, Any]] = {
         LayerReport,
         {"layer": 0, "lost": 0.1, "error": 0.2, "balance": 1.0, "condition": 2.0, "grouping": [[0], [1]], "fit": None},
     ),
-    "healed": (HealResult, {"tokens": 5, "steps": 1, "losses": [[1, 0.5]], "terms": {"kl": 0.5}, "report": None}),
+    "healed": (
+        HealResult,
+        {"tokens": 5, "steps": 1, "losses": [[1, 0.5]], "terms": {"kl": 0.5}, "learning_rate": 0.01, "report": None},
+    ),
     "sensitivity": (
         Sensitivity,
         {

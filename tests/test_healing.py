@@ -31,7 +31,7 @@ from kvshare.preflight import preflight
 from kvshare.recipe import Recipe
 from kvshare.sections import Heal
 from kvshare.source import read_json
-from kvshare.training import batch_rows
+from kvshare.training import batch_rows, rate_for
 
 
 def short_recipe(folder: Path, **heal: object) -> Path:
@@ -108,9 +108,20 @@ def test_layers_of_all_forms_keep_theirs(mixed_folder: Callable[[str], Path], tm
 
 
 def test_resume_continues_to_the_same_weights(
-    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    tmp_path: Path,
+    text_file: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, source, recipe = converted_folder("qwen2"), source_folder("qwen2"), small(tmp_path, save_steps=4)
+    found: list[dict[str, float]] = []
+
+    def trial(*arguments: Any) -> dict[str, float]:
+        found.append(preflight(*arguments))
+        return found[-1] if len(found) < 3 else {"kl": found[-1]["kl"] / 9}  # as another machine might find, but less
+
+    monkeypatch.setattr("kvshare.training.preflight", trial)
     undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
 
     def stop(stage: str, done: int, total: int) -> None:
@@ -136,6 +147,8 @@ def test_resume_continues_to_the_same_weights(
     )
     assert min(seen) == 5  # from the state saved at step 4
     assert result.losses == undisturbed.losses
+    assert found == [found[0]] * 3
+    assert result.learning_rate == undisturbed.learning_rate < 2.8e-3  # the saved state's
     first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not work_folder(output).exists()
@@ -397,19 +410,53 @@ def test_the_trial_leaves_no_trace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sources = converted_folder("llama-gqa"), source_folder("llama-gqa"), text_file
-    tried: list[Path] = []
+    found: list[dict[str, float]] = []
 
-    def trial(*arguments: Any) -> None:
-        preflight(*arguments)
-        tried.append(arguments[7])
+    def trial(*arguments: Any) -> dict[str, float]:
+        found.append(preflight(*arguments))
+        return found[0]
 
     monkeypatch.setattr("kvshare.training.preflight", trial)
     with_trial = kvshare.heal(sources[0], tmp_path / "a", *sources[1:], recipe=small(tmp_path))
-    monkeypatch.setattr("kvshare.training.preflight", lambda *_: None)
+    monkeypatch.setattr("kvshare.training.preflight", lambda *_: found[0])
     without = kvshare.heal(sources[0], tmp_path / "b", *sources[1:], recipe=small(tmp_path))
-    assert len(tried) == 1
+    assert len(found) == 1
+    assert found[0]["kl"] == with_trial.losses[0][1]
     assert with_trial == without
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kl", "part"),
+    [(0.025, 0.5), (0.0071, 0.27), (0.1, 1.0), (0.7, 1.0), (None, 1.0), (0.0, 1.0), (-1e-8, 1.0), (1e-8, 1.0), (math.nan, 1.0)],
+)
+def test_the_rate_goes_with_the_root_of_the_distance(kl: float | None, part: float) -> None:
+    assert rate_for(1e-3, kl) == pytest.approx(part * 1e-3, rel=1e-12)
+    if kl is not None:
+        assert rate_for(1e-3, kl * (1 + 1e-6)) == rate_for(1e-3, kl) or math.isnan(kl)
+
+
+def test_what_is_nearly_the_source_is_healed_slowly(
+    converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rate(init: str, **heal: Any) -> float:
+        recipe, output = small(tmp_path, tokens=256, **heal), tmp_path / "out"
+        result = kvshare.heal(
+            converted_folder("tiny", "all", init), output, "kvshare/tiny", text_file, recipe=recipe, overwrite=output.exists()
+        )
+        assert json.loads((output / "report.json").read_text())["heal"]["learning_rate"] == result.learning_rate
+        return result.learning_rate
+
+    monkeypatch.setattr("kvshare.training.rows_per_forward", lambda *_: 2)  # of the four rows of a step
+    far, near = rate("mean"), rate("svd")
+    assert far == 2e-3
+    assert near < far / 2
+    monkeypatch.undo()
+    assert rate("svd", teacher_top_k=4_096) == near
+    other = rate("svd", attention_matching=30.0, cross_entropy=0.5, kl=7.0, dtype="bfloat16")
+    assert other == pytest.approx(near, rel=0.1)
+    assert rate("svd", learning_rate=0.01) == 0.01
+    assert rate("svd", kl=0.0, cross_entropy=1.0) == far
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -36,7 +36,16 @@ from kvshare.training import HealResult, batch_rows, check_healing
 DEEPSPEED = {processes.DEEPSPEED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-HEAL = "import sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()"
+FULL_KL = 2.0  # above that of the start, so that the rate is made of it
+HEAL = f"""
+import sys
+from kvshare import training
+from kvshare.cli import main
+
+training.FULL_KL = {FULL_KL}
+sys.argv[0] = "kvshare"
+main()
+"""
 WATCHED = """
 import os
 from pathlib import Path
@@ -45,10 +54,11 @@ from kvshare import training
 tried = training.preflight
 
 def watch(adapted, teacher, *rest):
-    tried(adapted, teacher, *rest)
+    terms = tried(adapted, teacher, *rest)
     held = [getattr(value, "_local_tensor", value) for model in (adapted, teacher) for value in model.parameters()]
     numbers = sum({value.data_ptr(): value.untyped_storage().nbytes() // 4 for value in held}.values())
     Path(os.environ["HELD"], os.environ["RANK"]).write_text(str(numbers))
+    return terms
 
 training.preflight = watch
 """
@@ -96,7 +106,9 @@ def job(
             }
         )
     )
-    alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvshare.training.FULL_KL", FULL_KL)
+        alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
     script = root / "heal.py"
     script.write_text(WATCHED + HEAL)
     words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
@@ -125,6 +137,7 @@ def job(
 def test_two_processes_heal_as_one_does(job: Job) -> None:
     result = json.loads(job.printed)  # one process prints
     assert [loss for _, loss in result["losses"]] == pytest.approx([loss for _, loss in job.alone.losses], rel=1e-5)
+    assert result["learning_rate"] == job.alone.learning_rate < 2e-3
     assert result["terms"]["kl"] == pytest.approx(job.alone.terms["kl"], rel=1e-5)
     kvshare.verify(job.two)
     before, first, second = (load_file(path / "model.safetensors") for path in (job.folder, job.one, job.two))
