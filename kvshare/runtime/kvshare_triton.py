@@ -88,12 +88,15 @@ class Launch(NamedTuple):
     stages: int
 
 
-def _launch(head_dim: int, rows: int) -> Launch:
-    """Of what was tried on an H100 for head_dim 64 and 128, the fastest."""
+def _launch(head_dim: int, rows: int, packed: bool) -> Launch:
+    """Of what was tried on an H100 for head_dim 64 and 128, the fastest. Wider heads, and keys that are not turned two at a time,
+    take more warps, so that most of what a program holds stays in registers.
+    """
     if rows > 16:
         return Launch(min(64, _power(rows)), 64, 1, 4 if head_dim <= 64 else 8, 2)
     block = 8 if rows <= 4 else 16
-    return Launch(block, 16, 2 if 2 * rows <= block else 1, 1 if head_dim <= 128 else 4, 4 if head_dim <= 64 else 3)
+    warps = 1 if head_dim <= 64 else 4 if head_dim > 128 else 1 if packed else 2
+    return Launch(block, 16, 2 if 2 * rows <= block else 1, warps, 4 if head_dim <= 64 else 3)
 
 
 def attend_on_gpu(
@@ -144,7 +147,8 @@ def attend_on_gpu(
     tabled = isinstance(tables, Tensor)
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
-    launch = _launch(head_dim, rows)
+    packed = _packs(query, tabled, pairs, head_dim, key_bias, norm, sizes)
+    launch = _launch(head_dim, rows, packed)
     tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
@@ -200,7 +204,7 @@ def attend_on_gpu(
         CAP=softcap is not None,
         SPLIT=splits > 1,
         WIDE=wide,
-        PACKED=_packs(query, tabled, pairs, head_dim, key_bias, norm, sizes),
+        PACKED=packed,
         M=launch.block,
         N=part,
         T=parts,
