@@ -136,7 +136,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kvshare.runtime import kvshare_kernels as kernels
+from kvshare.runtime import kvshare_kernels as kernels, kvshare_splits as splits
 
 def compiled(kernel, capability, constants, pointers):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
@@ -164,7 +164,7 @@ for capability, dtype, more in (
     assert "mma" in compiled(kernels.attend_kernel, capability, constants, pointers).asm["ptx"]
     constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "SIZES": True, "S": 128, "W": 32}
     constants |= {"OVERLAP": capability == 90}
-    compiled(kernels.join_kernel, capability, constants, floats | {"out": "*bf16"})
+    compiled(splits.join_kernel, capability, constants, floats | {"out": "*bf16"})
 """
 
 

@@ -13,6 +13,7 @@ NAMES = (
     "kvshare_c.py",
     "kvshare_triton.py",
     "kvshare_kernels.py",
+    "kvshare_splits.py",
     "kvshare_rotated.py",
 )
 ROTATED = "kvshare_rotated_"  # what the model type of a checkpoint in rotated form begins with; its family's follows

@@ -20,8 +20,7 @@ try:
 except ImportError as error:  # whoever chooses this file asks first
     raise ImportError("the kernels for GPUs need triton: pip install triton, or set KVSHARE_ATTENTION=eager") from error
 
-NONE = tl.constexpr(-1e30)  # a score that gives no weight
-LOG2E = tl.constexpr(1.4426950408889634)
+from .kvshare_splits import LOG2E, NONE
 
 
 @triton.jit
@@ -257,6 +256,7 @@ def attend_kernel(
         lowest, highest = low, high
 
     for index in range(lowest, highest):
+        r1, r2 = q1, q2
         if PAIRS > 0 and not TABLED:
             start = cosines + b * table_b + index * N * T // TILE * 2 * PAIRS + pair
             back = tl.load(start, mask=pairs, other=0.0)
@@ -267,10 +267,8 @@ def attend_kernel(
                 back, aside = _turned(back, aside, further, apart, further, apart)
             cosine, sine = back[:, None], aside[:, None]
             r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), cosine, sine, cosine, sine)
-            r1, r2 = _factor(r1, kind, WIDE), _factor(r2, kind, WIDE)
-        else:
-            r1, r2 = _factor(q1, kind, WIDE), _factor(q2, kind, WIDE)
-        scores = tl.zeros((N, M), tl.float32)
+        r1, r2 = _factor(r1, kind, WIDE), _factor(r2, kind, WIDE)
+        score = tl.zeros((N, M), tl.float32)
         rounded = tl.full((N, M), 1.0, tl.float32)  # scales of what is cached in few bits
         read = ()
         for t in tl.static_range(T):
@@ -310,7 +308,7 @@ def attend_kernel(
                         size += tl.sum(k3 * k3, 1)[:, None]
                 times = times * tl.rsqrt(size * times * times / D + eps)
                 k3 *= norm3
-            score = tl.zeros((N, M), tl.float32)
+            product = tl.zeros((N, M), tl.float32)
             if PAIRS > 0:
                 if TABLED:
                     inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
@@ -324,14 +322,13 @@ def attend_kernel(
                     k1, k2 = _turned_in_pairs(k1, k2, cosine1, sine1, cosine2, sine2)
                 else:
                     k1, k2 = _turned(k1, k2, cosine1, sine1, cosine2, sine2)
-                score = tl.dot(_factor(k1, kind, WIDE), r1, score, input_precision="ieee")
-                score = tl.dot(_factor(k2, kind, WIDE), r2, score, input_precision="ieee")
+                product = tl.dot(_factor(k1, kind, WIDE), r1, product, input_precision="ieee")
+                product = tl.dot(_factor(k2, kind, WIDE), r2, product, input_precision="ieee")
             if 2 * PAIRS < D:
-                score = tl.dot(_factor(k3, kind, WIDE), _factor(q3, kind, WIDE), score, input_precision="ieee")
+                product = tl.dot(_factor(k3, kind, WIDE), _factor(q3, kind, WIDE), product, input_precision="ieee")
             if KIND >= 2 or NORM:
-                score *= times
-            scores = score if T == 1 else tl.where(part[None, :] == t, score, scores)
-        score = scores
+                product *= times
+            score = product if T == 1 else tl.where(part[None, :] == t, product, score)
         if CAP:
             score *= scaling
             small = tl.exp2(tl.abs(score) * (-2 * LOG2E) / softcap)
@@ -373,10 +370,8 @@ def attend_kernel(
         share = tl.exp2(most - tl.reshape(tl.broadcast_to(over[None, :], (T, W)), (M,)))
         sum1, sum2 = _joined(sum1 * share[:, None], T, W), _joined(sum2 * share[:, None], T, W)
         sum3 = _joined(sum3 * share[:, None], T, W)
-        mass = tl.sum(tl.reshape(mass * share, (T, W)), 0)
-        most = over
-        row = tl.arange(0, W)
-        real = row < rows
+        mass, most = tl.sum(tl.reshape(mass * share, (T, W)), 0), over
+        row, real = tl.arange(0, W), tl.arange(0, W) < rows
         token, head = (row // GROUP).to(tl.int64), h * GROUP + row % GROUP
     if SPLIT:
         place = partial + ((unit * splits + split).to(tl.int64) * rows + row) * (D + 2)
@@ -403,56 +398,3 @@ def attend_kernel(
     tl.store(place[:, None] + first[None, :], sum1, mask=real[:, None] & pairs[None, :])
     tl.store(place[:, None] + second[None, :], sum2, mask=real[:, None] & pairs[None, :])
     tl.store(place[:, None] + rest[None, :], sum3, mask=real[:, None] & rests[None, :])
-
-
-@triton.jit
-def join_kernel(
-    partial,
-    value_bias,
-    sizes,
-    sinks,
-    out,
-    out_b,
-    out_t,
-    out_h,
-    heads,
-    rows,
-    splits,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    VALUE_BIAS: tl.constexpr,
-    SINKS: tl.constexpr,
-    SIZES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    S: tl.constexpr,
-    W: tl.constexpr,
-):
-    """Programs: (batch * kv heads, rows, blocks of W columns). What splits found becomes one row; S >= splits, a power of 2."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    unit, row = tl.program_id(0), tl.program_id(1)
-    b, h, token, head = (unit // heads).to(tl.int64), unit % heads, row // GROUP, (unit % heads) * GROUP + row % GROUP
-    split, column = tl.arange(0, S), tl.program_id(2) * W + tl.arange(0, W)
-    begin = partial + (unit.to(tl.int64) * splits * rows + row) * (D + 2)
-    real, inside = split < splits, column < D
-    at = begin + split * rows * (D + 2)
-    most = tl.load(at + D, mask=real, other=NONE)
-    mass = tl.load(at + D + 1, mask=real, other=0.0)
-    sums = tl.load(at[:, None] + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-    above = tl.max(most, 0)
-    added = 0.0
-    if SINKS:
-        sink = tl.load(sinks + head) * LOG2E
-        above = tl.maximum(above, sink)
-        added = tl.exp2(sink - above)
-    share = tl.where(real, tl.exp2(most - above), 0.0)
-    own = tl.sum(share * mass, 0)
-    whole = own + added
-    found = tl.sum(sums * share[:, None], 0)
-    factor = tl.where(whole > 0, 1 / tl.where(whole > 0, whole, 1.0), 0.0)
-    found *= factor
-    if SIZES:
-        found *= tl.load(sizes + h * D + column, mask=inside, other=0.0)
-    if VALUE_BIAS:
-        found += own * factor * tl.load(value_bias + h * D + column, mask=inside, other=0.0)
-    tl.store(out + b * out_b + token * out_t + head * out_h + column, found, mask=inside)

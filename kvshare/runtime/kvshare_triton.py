@@ -1,5 +1,5 @@
 # Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
-"""Shared attention on a GPU, by the kernels of `kvshare_kernels`.
+"""Shared attention on a GPU, by the kernels of `kvshare_kernels` and `kvshare_splits`.
 
 In: rotated queries and what is cached. Out: the attention output. One kernel serves decoding, split over the cached length and put
 together by a second one, and prefill. Never: waits for the device once it has run, so that CUDA graphs can hold it.
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
-from .kvshare_kernels import attend_kernel, join_kernel
+from .kvshare_kernels import attend_kernel
+from .kvshare_splits import join_kernel
 
 LEAST, MOST = 4, 128  # rounds of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
 LINES = 32  # of 128 bytes that a program asks for before it needs them
