@@ -44,7 +44,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "dtype"), [(name, dtype) for name in SHAPES for dtype in LIMITS if dtype != torch.float16 or name in HALVES], ids=str
 )
 def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
-    arguments, expected = case(name, dtype, tile=64)
+    arguments, expected = case(name, dtype)
     got = attended(arguments)
     assert got.dtype == dtype
     assert error(got, expected) < LIMITS[dtype]
