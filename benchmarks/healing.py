@@ -13,10 +13,12 @@ Everything is trained by the same loop on the same rows with LoRA of rank 64 on 
 
 - `kl`: the learned start and the loss of the recipes; `cross-entropy`: the text alone; `self`: text that the source wrote;
 - `budget`: as `kl`, with half of the cache, but as many heads in each layer as it bears;
+- `mixed`, `mixed budget`: as `kl` and `budget`, with 0.3 of the cross-entropy of the text beside the KL, at a rate of 2.5e-4;
 - `svd`, `mean`: as `kl`, from these starts; `full`: as `svd`, with the attention trained in full, as the recipe `full`;
 - `progressive`, `mean progressive`: attention passes from the source's to the shared one over the first 30 % of the training;
 - `gqa`: K and V kept apart, neighbouring heads averaged to half as many as `kl` shares, so that the cache is the same;
 - `more training`: the source on the text alone; K and V are trained as shared projections are;
+- `more mixed training`: the source as `mixed`, the KL to itself;
 - `int8`, `int4`: the source with its cache in so many bits, not trained;
 - `speed`: tokens per second of `kl`, of `cross-entropy` (no teacher), and of the transformers Trainer with PEFT on the source.
 """
@@ -56,6 +58,7 @@ from kvshare.tensors import best_device
 from kvshare.training import train
 
 TEXT_ALONE: dict[str, Any] = {"kl": 0.0, "cross_entropy": 1.0}
+MIXED: dict[str, Any] = {"cross_entropy": 0.3, "learning_rate": 2.5e-4}
 BUDGET = 0.5  # of the source's cache: what half of its bytes buy where layers share unequally
 POINTS = 8  # of the curve, evenly spread
 
@@ -251,9 +254,11 @@ def measure_all(book: Book, bench: Bench) -> None:
         book.measure(f"int{bits}", partial(quantised, options.model, None, bits, options))
     for seed in range(options.seeds):
         measure("more training", lambda: bench.whole(bench.teacher()), seed, **TEXT_ALONE, lora_targets=_with_values(bench))
+        measure("more mixed training", lambda: bench.whole(bench.teacher()), seed, **MIXED, lora_targets=_with_values(bench))
         for heads in options.heads:
             start = partial(bench.shared, "learned", heads, seed)
             measure(f"kl {heads}", start, seed)
+            measure(f"mixed {heads}", start, seed, **MIXED)
             measure(f"cross-entropy {heads}", start, seed, **TEXT_ALONE)
             measure(f"mean {heads}", partial(bench.shared, "mean", heads, seed), seed)
             measure(f"self {heads}", start, seed, "self")
@@ -261,6 +266,7 @@ def measure_all(book: Book, bench: Bench) -> None:
                 measure(f"svd {heads}", partial(bench.shared, "svd", heads, seed), seed)
                 measure(f"full {heads}", partial(bench.shared, "svd", heads, seed), seed, attention="full")
                 measure(f"budget {BUDGET}", partial(bench.budgeted, BUDGET, seed), seed)
+                measure(f"mixed budget {BUDGET}", partial(bench.budgeted, BUDGET, seed), seed, **MIXED)
                 measure(f"progressive {heads}", start, seed, progressive=0.3)
                 measure(f"mean progressive {heads}", partial(bench.shared, "mean", heads, seed), seed, progressive=0.3)
             if heads % 2 == 0:
