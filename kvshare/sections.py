@@ -104,7 +104,7 @@ class Heal(Section):
     batch_tokens: Positive = 2_048
     learning_rate: PositiveReal | None = None
     """None: 2e-3 for a hidden_size of 128, falling with its square root and, above 16, with that of the rank; times the square
-    root of the KL to the source at the start over 0.1 nats per token, at most 1. A rate that is given is used as it is."""
+    root of the KL to the source at the start over 0.05 nats per token, at most 1. A rate that is given is used as it is."""
     shared_rate: PositiveReal = 0.05
     """Learning rate of the shared projections, as a fraction of the others'."""
     lora_rank: Positive = 16

@@ -428,7 +428,7 @@ def test_the_trial_leaves_no_trace(
 
 @pytest.mark.parametrize(
     ("kl", "part"),
-    [(0.025, 0.5), (0.0071, 0.27), (0.1, 1.0), (0.7, 1.0), (None, 1.0), (0.0, 1.0), (-1e-8, 1.0), (1e-8, 1.0), (math.nan, 1.0)],
+    [(0.0125, 0.5), (0.0071, 0.38), (0.05, 1.0), (0.7, 1.0), (None, 1.0), (0.0, 1.0), (-1e-8, 1.0), (1e-8, 1.0), (math.nan, 1.0)],
 )
 def test_the_rate_goes_with_the_root_of_the_distance(kl: float | None, part: float) -> None:
     assert rate_for(1e-3, kl) == pytest.approx(part * 1e-3, rel=1e-12)
