@@ -301,8 +301,7 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     for name in names:
         if name == "speed":
             continue
-        base = statistics.mean(trained) if trained else float("nan")
-        over = [value / base - 1 for value in found(name, "perplexity")]
+        over = [value / statistics.mean(trained) - 1 for value in found(name, "perplexity")] if trained else []
         lines.append(
             f"| {name} | {cell(found(name, 'cache_reduction')[:1], '.2%')} | {cell(found(name, 'perplexity_increase'), '+.2%')} | "
             f"{cell(over, '+.2%')} | {cell(found(name, 'kl'), '.4f')} | {cell(found(name, 'recall'), '.1%')} |"

@@ -50,6 +50,13 @@ def test_quality_and_healing_measure(
     assert (tmp_path / "healing.svg").stat().st_size > 1000
 
 
+def test_seeds_are_tabled_without_a_source_trained_as_long(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"perplexity": 54.0, "perplexity_increase": 0.01, "kl": 0.02, "cache_reduction": 0.5, "curve": []}
+    (tmp_path / "healing.json").write_text(json.dumps({f"kl 8 seed {seed}": entry for seed in (0, 1)}))
+    run("healing", "--train-data", "x", "--eval-data", "x", "--out", str(tmp_path), "--heads", "4", "--table")
+    assert "| kl 8 | 50.00% | +1.00% ± 0.00% | – | 0.0200 ± 0.0000 | – |" in capsys.readouterr().out
+
+
 def test_decoding_steps_are_timed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--contexts", "64", "--batch-sizes", "1", "--dtypes", "bfloat16", "--threads", "1"]
     run("decode", *given, "--pairs", "2", "--bits", "16", "8", "--shapes", "Qwen3-4B")
