@@ -25,7 +25,7 @@ needs_compiler = pytest.mark.skipif(
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, str]] = {
     "llama": (1, 8, 2, 64, 64, 1, 300, ""),
     "as many heads": (2, 4, 4, 128, 128, 1, 70, "bool mask"),
-    "one head": (2, 8, 1, 96, 96, 1, 1400, "padded"),
+    "one head": (2, 8, 1, 96, 96, 1, 700, "padded"),
     "few tokens": (2, 8, 2, 64, 64, 5, 100, "causal"),
     "odd group": (1, 6, 2, 80, 80, 3, 65, "causal key bias value bias"),
     "norm": (2, 4, 2, 128, 128, 1, 97, "norm padded"),
