@@ -294,6 +294,7 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
         return f"{statistics.mean(values):{form}}{spread}"
 
     trained = found("more training", "perplexity")
+    base = statistics.mean(trained) if trained else None
     lines = [
         "| measurement | cache saved | perplexity over the source's | over that of the source trained as long | KL | recall |",
         "|---|---|---|---|---|---|",
@@ -301,7 +302,7 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     for name in names:
         if name == "speed":
             continue
-        over = [value / statistics.mean(trained) - 1 for value in found(name, "perplexity")] if trained else []
+        over = [value / base - 1 for value in found(name, "perplexity")] if base else []
         lines.append(
             f"| {name} | {cell(found(name, 'cache_reduction')[:1], '.2%')} | {cell(found(name, 'perplexity_increase'), '+.2%')} | "
             f"{cell(over, '+.2%')} | {cell(found(name, 'kl'), '.4f')} | {cell(found(name, 'recall'), '.1%')} |"

@@ -51,7 +51,7 @@ def _turned(first, second, cosine1, sine1, cosine2, sine2):
 
 @triton.jit
 def _added(sums, numbers, weight, kind, WIDE: tl.constexpr):
-    """Weighted sums, (rows, columns), with a tile's numbers, (slots, columns)."""
+    """Weighted sums, (rows, columns), with the numbers of a part, (slots, columns)."""
     return tl.dot(tl.trans(weight), _factor(numbers, kind, WIDE), sums, input_precision="ieee")
 
 
@@ -170,7 +170,7 @@ def attend_kernel(
     """Programs: (blocks of M rows, batch * kv heads, splits). T parts of N slots in a round, for at most M / T rows where T > 1;
     TILE slots of a tile, whole rounds; P >= PAIRS and R >= D - 2 PAIRS, powers of 2.
     """
-    if OVERLAP:  # this was launched before what comes first had ended, and lets what joins splits be launched, which waits, too
+    if OVERLAP:  # launched while the kernel before ends, it waits for that; what joins splits may be launched, and waits for this
         tl.extra.cuda.gdc_wait()
         if SPLIT:
             tl.extra.cuda.gdc_launch_dependents()

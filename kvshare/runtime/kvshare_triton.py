@@ -96,7 +96,7 @@ def _launch(head_dim: int, rows: int, packed: bool) -> Launch:
     if rows > 16:
         return Launch(min(64, _power(rows)), 64, 1, 4 if head_dim <= 64 else 8, 2)
     block = 8 if rows <= 4 else 16
-    warps = 1 if head_dim <= 64 else 4 if head_dim > 128 else 1 if packed else 2
+    warps = 4 if head_dim > 128 else 1 if packed or head_dim <= 64 else 2
     return Launch(block, 16, 2 if 2 * rows <= block else 1, warps, 4 if head_dim <= 64 else 3)
 
 
