@@ -16,9 +16,11 @@ os.environ["TRITON_INTERPRET"] = "0" if os.environ["CUDA_VISIBLE_DEVICES"] else 
 import gc
 import json
 import math
+import pkgutil
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,33 @@ def _frozen() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+SHORT = {"kvshare.merge.svd.ITERATIONS": 8, "kvshare.merge.svd.RESTARTED_ITERATIONS": 5, "kvshare.evaluation.GENERATED_TOKENS": 16}
+AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short() -> Iterator[None]:
+    """The closed form searches for a few steps only, and caches are counted after a few tokens: see `thorough`."""
+    with replaced(SHORT):
+        yield
+
+
+@pytest.fixture
+def thorough() -> Iterator[None]:
+    """For tests of how good the closed form is: what others do in short to save time is done as it is."""
+    with replaced(AS_IS):
+        yield
+
+
+@contextmanager
+def replaced(values: Mapping[str, Any]) -> Iterator[None]:
+    """Values of modules, by their full names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(name, value)
+        yield
 
 
 @pytest.fixture
@@ -304,8 +333,12 @@ def measured_folder(once: Callable[[str, Callable[[Path], Any]], Path], own_text
     settings: dict[str, Any] = {"calibration_tokens": 8_192, "eval_tokens": 6_144, "heal": False}
     settings |= {"calibration": own_text[0], "eval_data": own_text[1]}
 
+    def make(output: Path, init: str) -> None:
+        with replaced(AS_IS):
+            kvshare.convert("kvshare/tiny", output, init=init, **settings)
+
     def get(init: str) -> Path:
-        return once(f"measured-{init}", lambda output: kvshare.convert("kvshare/tiny", output, init=init, **settings))
+        return once(f"measured-{init}", lambda output: make(output, init))
 
     return get
 

@@ -7,6 +7,7 @@ Each run is a fork of a process that has everything imported, so that hundreds o
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -26,7 +27,18 @@ Job = Callable[[bool], Any]
 """Called with whether an earlier run has broken off."""
 
 
-def _watch(root: Path, kill_at: int, count: Callable[[], int]) -> None:
+class Counter:
+    """How many changes were made so far."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self) -> int:
+        self.seen += 1
+        return self.seen
+
+
+def _watch(root: Path, kill_at: int, count: Counter) -> None:
     """Kill this process at the `kill_at`-th change of the file system below `root`, before it happens; 0 never."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -49,14 +61,7 @@ def run_forked(job: Job, again: bool, root: Path, kill_at: int = 0, seconds: flo
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        seen = 0
-
-        def count() -> int:
-            nonlocal seen
-            seen += 1
-            return seen
-
-        status = 70
+        count, status = Counter(), 70
         try:
             os.close(reader)
             _watch(root, kill_at, count)
@@ -65,7 +70,7 @@ def run_forked(job: Job, again: bool, root: Path, kill_at: int = 0, seconds: flo
         except BaseException as error:  # whatever it is, the fork must not return into the caller's code
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
         finally:
-            os.write(writer, str(seen).encode())
+            os.write(writer, str(count.seen).encode())
             os._exit(status)
     os.close(writer)
     if seconds is not None:
@@ -159,16 +164,15 @@ def kill_everywhere(job: Callable[[Path], Job], root: Path, points: int | None) 
         root: an existing folder to work in.
         points: how many changes to kill at, evenly spread, the first and the last among them; None takes all.
     """
-    base = root / "undisturbed"
+    base, count = root / "undisturbed", Counter()
     base.mkdir()
-    job(root / "first")(False)  # imports everything that it needs, so that the forks have it
-    status, count = run_forked(job(base / "out"), False, base)
-    if status:
-        raise RuntimeError(f"the undisturbed run failed ({status})")
-    wanted = contents(base / "out")
-    chosen = range(1, count + 1)
-    if points is not None and points < count:
-        chosen = sorted({1 + round(place * (count - 1) / (points - 1)) for place in range(points)})
+    _watch(base, 0, count)
+    job(base / "out")(False)  # imports everything that it needs, so that the forks have it
+    gc.freeze()  # nor need they look through it for garbage
+    wanted, changes = contents(base / "out"), count.seen
+    chosen = range(1, changes + 1)
+    if points is not None and points < changes:
+        chosen = sorted({1 + round(place * (changes - 1) / (points - 1)) for place in range(points)})
     wrong = {}
     for place in chosen:
         folder = root / f"killed-{place}"
@@ -196,13 +200,7 @@ def run_together(job: Job, root: Path, kill: tuple[int, int] | None = None) -> t
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
-            seen, status = 0, 70
-
-            def count() -> int:
-                nonlocal seen
-                seen += 1
-                return seen
-
+            count, status = Counter(), 70
             try:
                 os.close(reader)
                 os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
@@ -213,7 +211,7 @@ def run_together(job: Job, root: Path, kill: tuple[int, int] | None = None) -> t
             except BaseException as error:  # as in `run_forked`
                 sys.stderr.write(f"{type(error).__name__}: {error}\n")
             finally:
-                os.write(writer, str(seen).encode())
+                os.write(writer, str(count.seen).encode())
                 os._exit(status)
         os.close(writer)
         children.append(child)
@@ -238,6 +236,7 @@ def kill_together(job: Callable[[Path], Job], root: Path, points: int) -> tuple[
     base = root / "undisturbed"
     base.mkdir()
     job(base / "alone")(False)  # imports everything that it needs, and says what is wanted
+    gc.freeze()
     wanted, wrong, kills = contents(base / "alone"), {}, []
 
     def wait(_: bool) -> None:
@@ -280,6 +279,9 @@ def main() -> None:
 
     The job `together` is `mean` in two processes, each of which is killed at so many points.
     """
+    from kvshare.merge import svd
+
+    svd.ITERATIONS = svd.RESTARTED_ITERATIONS = 4  # a short search: runs are only compared with each other
     sources, root, points = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     known, result = jobs(sources), {}
     for name in sys.argv[4:]:

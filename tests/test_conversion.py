@@ -52,6 +52,7 @@ def test_the_naive_mean_does_not(measured: Callable[[str], dict[str, float]]) ->
     assert measured("mean")["kl"] > 20 * measured("svd")["kl"]
 
 
+@pytest.mark.usefixtures("thorough")
 def test_learning_improves_on_the_closed_form(tmp_path: Path, own_text: tuple[str, str]) -> None:
     recipe = tmp_path / "short.yaml"
     recipe.write_text(

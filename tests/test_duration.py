@@ -54,6 +54,7 @@ def test_the_speed_is_measured() -> None:
     assert 1e7 < product_rate(64) < 1e14
 
 
+@pytest.mark.usefixtures("thorough")
 def test_steps_are_those_that_are_taken() -> None:
     # duration knows them a second time, because the plan that shows them does without torch
     assert svd.ITERATIONS == duration.SEARCH_STEPS

@@ -19,6 +19,7 @@ from kvshare.merge.regroup import MergeReport, _problem, choose_grouping, merge_
 from kvshare.merge.svd import solve_group
 from kvshare.moments import EVEN, ROPE_AVERAGE, Attending, MomentSums, Weighting
 
+pytestmark = pytest.mark.usefixtures("thorough")
 HIDDEN, WIDTH, ROWS, LENGTH = 48, 8, 20, 24
 BASIC = ["plain", "biases", "norms"]
 KINDS = [*BASIC, "partial biases", "partial norms", "nope", "nope biases"]
@@ -139,7 +140,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_steps(thorough: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a search are the same in any disguise; after many, the last digits of two searches have grown apart."""
     monkeypatch.setattr(svd, "ITERATIONS", 8)
 

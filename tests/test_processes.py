@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import kvshare
 from kvshare import processes
 from kvshare.checkpoint import work_folder
-from kvshare.distillation import make_trainer, newest_state
+from kvshare.distillation import make_trainer
 from kvshare.errors import UnfinishedWorkError, UsageError
 from kvshare.families import family_of
 from kvshare.healing import heal_job
@@ -61,6 +61,51 @@ def watch(adapted, teacher, *rest):
     return terms
 
 training.preflight = watch
+"""
+# Forks of a process that has everything imported: both are killed when a step after the first saved state is shown as done.
+KILLED = f"""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import datasets
+import peft
+import transformers
+from killing import run_together
+from kvshare import healing, training
+from kvshare.checkpoint import work_folder
+from kvshare.cli import main
+from kvshare.distillation import newest_state
+
+transformers.Trainer
+training.FULL_KL = {FULL_KL}
+output, words = Path(sys.argv[-1]), sys.argv[1:]
+trained = healing.train
+
+def dies(stage, done, total):
+    if (stage, done, total) == ("healing", 3, 4):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def train(*arguments):
+    return trained(*arguments[:7], dies, *arguments[8:])
+
+def heal(*more):
+    def job(again):
+        sys.argv = ["kvshare", *words, *more]
+        sys.stdout = open(os.devnull, "w")
+        healing.train = trained if more else train
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+    return run_together(job, output)[0]
+
+for more in ((), ("--resume",)):
+    statuses = heal(*more)
+    state = newest_state(work_folder(output) / "training")
+    print(json.dumps({{"statuses": statuses, "state": state is not None, "output": output.exists()}}))
 """
 # FSDP2 with all that reaches into the models: attention by itself, forwards that are run again, trained weights beside cut ones
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -150,33 +195,16 @@ def test_two_processes_heal_as_one_does(job: Job) -> None:
 
 
 def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, *job.words, "-o", str(tmp_path / "out")]
+    environment = {**job.environment, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    killed, resumed = map(json.loads, done.stdout.splitlines())
+    assert -signal.SIGKILL in killed["statuses"]
+    assert killed["state"]
+    assert killed["output"] is False
+    assert resumed["statuses"] == [0, 0], done.stderr
     output = tmp_path / "out"
-
-    def start(*more: str) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        together = {**job.environment, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        words = [sys.executable, "-c", HEAL, *job.words, "-o", str(output), *more]
-        return [
-            subprocess.Popen(
-                words, env={**together, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL, stderr=pipe, text=True
-            )
-            for rank, pipe in (("0", subprocess.PIPE), ("1", subprocess.DEVNULL))
-        ]
-
-    first, second = start()
-    assert first.stderr is not None
-    with first.stderr as stream:
-        assert any(line.startswith("healing: 3/4") for line in stream)
-    for process in (first, second):
-        process.kill()
-        process.wait()
-    assert not output.exists()
-    assert newest_state(work_folder(output) / "training") is not None
-    first, second = start("--resume")
-    _, said = first.communicate()
-    assert (first.returncode, second.wait()) == (0, 0), said
     assert (output / "model.safetensors").read_bytes() == (job.two / "model.safetensors").read_bytes()
     assert (output / "report.json").read_bytes() == (job.two / "report.json").read_bytes()
     assert not work_folder(output).exists()

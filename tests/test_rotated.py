@@ -439,6 +439,7 @@ def test_what_rope_leaves_of_values() -> None:
     assert float(noise[1, 2]) < 1e-4
 
 
+@pytest.mark.usefixtures("thorough")
 def test_the_closed_form_of_this_form_loses_less_in_it(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str) -> None:
     """Of one layer: what is solved with the noise of rope has a smaller error in the rotated form than what is solved without."""
     errors = {}

@@ -64,6 +64,7 @@ def test_statistics_give_the_weights_that_their_text_gives(
     assert {layer.balance for layer in without.layers} == {FIXED_BALANCE}
 
 
+@pytest.mark.usefixtures("thorough")
 def test_statistics_beat_the_mean(taken: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
     settings: dict[str, Any] = {"heal": False, "eval_data": text_file, "eval_tokens": 2048}
     closed = kvshare.convert(TINY_FOLDER, tmp_path / "a", statistics=taken("tiny"), **settings).report
