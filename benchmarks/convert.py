@@ -277,11 +277,11 @@ def kills(work: Path, _repeats: int, _tokens: int) -> dict[str, Any]:
     shape = Shape(64, 2, 8, 8, 128, 4096, True)
     build(shape, sources / "model", shard=200_000)
     words(sources / "text.txt", 20_000)
-    script = [sys.executable, str(TESTS / "killing.py"), str(sources), str(work / "killed"), "0"]
+    script = [sys.executable, str(TESTS / "killing.py"), str(sources), str(work / "killed"), *(f"{name}=0" for name in KILLED)]
     quick = ["--init", "mean", "--no-heal", "--eval-mode", "off"]
     ran(sources / "model", sources / "converted", "convert", sources / "model", *quick)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # forks of one thread
-    done = subprocess.run([*script, *KILLED], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    done = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     shutil.rmtree(work / "killed")
     found = json.loads(done.stdout.splitlines()[-1])
     return {

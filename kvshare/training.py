@@ -155,12 +155,12 @@ def train(
 def rate_for(highest: float, kl: float | None) -> float:
     """The learning rate for a start at a KL to the source, in nats per token: with its root, at most `highest`.
 
-    That is the rate as well where the KL is None, because it does not count, or nothing but rounding. The factor has two digits, so
-    that one process and several, which sum in another order, have the same rate.
+    That is the rate as well where the KL is None, because it does not count, or nothing but rounding. A lower one has two digits,
+    so that one process and several, which sum in another order, have the same rate.
     """
     if kl is None or not kl > ROUNDING:
         return highest
-    return highest * min(1.0, float(f"{math.sqrt(kl / FULL_KL):.1e}"))
+    return min(highest, float(f"{highest * math.sqrt(kl / FULL_KL):.1e}"))
 
 
 def _merged(adapted: Any, modules: Collection[str]) -> dict[str, Tensor]:

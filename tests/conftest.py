@@ -78,7 +78,14 @@ def _frozen() -> None:
     gc.freeze()
 
 
-SHORT = {"kvshare.merge.svd.ITERATIONS": 8, "kvshare.merge.svd.RESTARTED_ITERATIONS": 5, "kvshare.evaluation.GENERATED_TOKENS": 16}
+SHORT = {
+    "kvshare.merge.svd.ITERATIONS": 8,
+    "kvshare.merge.svd.RESTARTED_ITERATIONS": 5,
+    "kvshare.merge.svd.SETTLING": 8,
+    "kvshare.merge.regroup.PAIR_ITERATIONS": 5,
+    "kvshare.layerwise.ALONE_ITERATIONS": 5,
+    "kvshare.evaluation.GENERATED_TOKENS": 16,
+}
 AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}
 
 

@@ -275,16 +275,17 @@ def kill_together(job: Callable[[Path], Job], root: Path, points: int) -> tuple[
 
 
 def main() -> None:
-    """`killing.py SOURCES ROOT POINTS JOB...`: kill each job at so many points (0: all), and print what went wrong as JSON.
+    """`killing.py SOURCES ROOT JOB=POINTS...`: kill each job at so many points (0: all), and print what went wrong as JSON.
 
     The job `together` is `mean` in two processes, each of which is killed at so many points.
     """
     from kvshare.merge import svd
 
     svd.ITERATIONS = svd.RESTARTED_ITERATIONS = 4  # a short search: runs are only compared with each other
-    sources, root, points = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    sources, root = Path(sys.argv[1]), Path(sys.argv[2])
     known, result = jobs(sources), {}
-    for name in sys.argv[4:]:
+    for name, _, said in (word.partition("=") for word in sys.argv[3:]):
+        points = int(said)
         folder = root / name
         folder.mkdir(parents=True)
         if name == "together":

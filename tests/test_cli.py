@@ -56,9 +56,11 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
 
     def make(folder: Path) -> None:
         text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
+        folder.mkdir()
+        (folder / "once.yaml").write_text("merge: {balance: [1.0]}")
+        text += ("--recipe", folder / "once.yaml")
         arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "alone/converted", "--no-heal", *text, "--json"]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        folder.mkdir(exist_ok=True)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
     folder = once("cli", make)

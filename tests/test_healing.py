@@ -437,6 +437,10 @@ def test_the_rate_goes_with_the_root_of_the_distance(kl: float | None, part: flo
         assert rate_for(1e-3, kl * (1 + 1e-6)) == rate_for(1e-3, kl) or math.isnan(kl)
 
 
+def test_a_rate_that_was_made_reads_well() -> None:
+    assert repr(rate_for(1e-3, 0.0065)) == "0.00036"
+
+
 def test_what_is_nearly_the_source_is_healed_slowly(
     converted_folder: Callable[..., Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

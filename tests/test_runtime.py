@@ -62,7 +62,7 @@ def pair(folder_of: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
     torch.manual_seed(3)
-    config = GenerationConfig(max_new_tokens=16, pad_token_id=0, return_dict_in_generate=True, **settings)
+    config = GenerationConfig(max_new_tokens=12, pad_token_id=0, return_dict_in_generate=True, **settings)
     return model.generate(**inputs, generation_config=config)
 
 
@@ -143,7 +143,7 @@ def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], for
     source = AutoModelForCausalLM.from_pretrained(Path(kvshare.__file__).parent / "tiny", dtype=torch.float32).eval()
     _, shared = pair(form, kv_heads)
     inputs = prompt(TEXT[:1])
-    full, small = (generate(model, inputs, min_new_tokens=16).past_key_values for model in (source, shared))
+    full, small = (generate(model, inputs, min_new_tokens=12).past_key_values for model in (source, shared))
 
     def measured(cache: Any) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -243,33 +243,33 @@ sys.modules["kvshare"] = None  # as on a machine where it is not installed: impo
 import json, torch, transformers
 from transformers import AutoModelForCausalLM
 transformers.utils.logging.disable_progress_bar()
-folder, ids = sys.argv[1], torch.tensor([json.loads(sys.argv[2])])
-out = {}
-for trust in (False, True):
+ids = torch.tensor([json.loads(sys.argv[1])])
+
+def run(folder, trust):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32).eval()
     run = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0,
                          return_dict_in_generate=True)
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.past_key_values.layers)
-    out[str(trust)] = {"tokens": run.sequences.tolist(), "cache": cache, "module": type(model).__module__}
-print(json.dumps(out))
+    return {"tokens": run.sequences.tolist(), "cache": cache, "module": type(model).__module__}
+
+print(json.dumps([{str(trust): run(folder, trust) for trust in (False, True)} for folder in sys.argv[2:]]))
 """
 
 
-@pytest.mark.parametrize("form", ["qwen2", "mixed qwen2", "gpt2", "exact square-bias"])
-def test_remote_code_without_kvshare(folder_of: Callable[..., Path], tmp_path: Path, form: str) -> None:
-    folder = folder_of(form)
+def test_remote_code_without_kvshare(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folders = [folder_of(form) for form in ("qwen2", "mixed qwen2", "gpt2", "exact square-bias")]
     ids = prompt(TEXT[:1])["input_ids"][0].tolist()
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(folder), json.dumps(ids)],
+        [sys.executable, "-c", REMOTE, json.dumps(ids), *map(str, folders)],
         capture_output=True,
         text=True,
         check=True,
         cwd=tmp_path,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
     )
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["True"]["tokens"] == result["False"]["tokens"]
-    parts = parts_kept(AutoConfig.from_pretrained(folder))
-    assert result["True"]["cache"] == result["False"]["cache"] * sum(parts) / len(parts)
-    assert result["True"]["module"].startswith("transformers_modules")
-    assert result["False"]["module"].startswith("transformers.models")
+    for folder, result in zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert result["True"]["tokens"] == result["False"]["tokens"]
+        parts = parts_kept(AutoConfig.from_pretrained(folder))
+        assert result["True"]["cache"] == result["False"]["cache"] * sum(parts) / len(parts)
+        assert result["True"]["module"].startswith("transformers_modules")
+        assert result["False"]["module"].startswith("transformers.models")

@@ -269,7 +269,7 @@ def test_processes_of_a_launch_give_the_bytes_of_one(tmp_path: Path) -> None:
 def test_killed_processes_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     random_model(tmp_path / "model", "llama")
     done = subprocess.run(
-        [sys.executable, str(KILLING), str(tmp_path), str(tmp_path / "root"), "2", "together"],
+        [sys.executable, str(KILLING), str(tmp_path), str(tmp_path / "root"), "together=2"],
         capture_output=True,
         text=True,
         check=False,
