@@ -19,10 +19,12 @@ import typer
 from conftest import TINY_FOLDER, Outcome, edit_json
 from killing import contents
 from kvshare.cli import app
+from kvshare.cli.options import DATA
 from kvshare.cli.render import shown_progress
 from transformers import AutoModelForCausalLM
 
 import kvshare
+from kvshare.documents import FORMS
 from kvshare.recipe import load_recipe, recipe_names, recipe_text
 from kvshare.source import INDEX
 
@@ -81,6 +83,11 @@ def test_what_needs_no_weights_imports_no_torch(arguments: tuple[str, ...]) -> N
     packages = imported(*arguments)
     assert {"kvshare", "typer"} <= packages
     assert not packages & HEAVY
+
+
+def test_help_and_errors_name_the_same_forms_of_text() -> None:
+    # twice, because help is shown without what reads text
+    assert DATA.replace("\\[", "[").lower() == FORMS.lower()
 
 
 def test_help_names_every_verb(run: Callable[..., Outcome]) -> None:
