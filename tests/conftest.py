@@ -89,6 +89,15 @@ SHORT = {
 AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}
 
 
+@contextmanager
+def replaced(values: Mapping[str, Any]) -> Iterator[None]:
+    """Values of modules, by their full names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(name, value)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _short() -> Iterator[None]:
     """The closed form searches for a few steps only, and caches are counted after a few tokens: see `thorough`."""
@@ -100,15 +109,6 @@ def _short() -> Iterator[None]:
 def thorough() -> Iterator[None]:
     """For tests of how good the closed form is: what others do in short to save time is done as it is."""
     with replaced(AS_IS):
-        yield
-
-
-@contextmanager
-def replaced(values: Mapping[str, Any]) -> Iterator[None]:
-    """Values of modules, by their full names."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setattr(name, value)
         yield
 
 

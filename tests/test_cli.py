@@ -57,11 +57,12 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
     """A checkpoint that the installed script wrote, and what it printed."""
 
     def make(folder: Path) -> None:
-        text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
         folder.mkdir()
-        (folder / "once.yaml").write_text("merge: {balance: [1.0]}")
-        text += ("--recipe", folder / "once.yaml")
-        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "alone/converted", "--no-heal", *text, "--json"]
+        recipe = folder / "one-balance.yaml"
+        recipe.write_text("merge: {balance: [1.0]}")
+        text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
+        options = ("--recipe", recipe, "--no-heal", *text, "--json")
+        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "alone/converted", *options]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
