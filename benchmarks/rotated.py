@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from decode import SHAPES, Native, Shape, header, in_turns, prepare, ratio, show, tables
@@ -43,7 +44,7 @@ def rotated_steps(shape: Shape, batch: int, context: int, dtype: torch.dtype) ->
         return x * cosine - torch.cat([-second, first], -1) * sine
 
     def kernel() -> Tensor:
-        given = {"mask": None, "key_bias": None, "value_bias": None, "norm": None, "softcap": None, "sinks": None}
+        given: dict[str, Any] = {"mask": None, "key_bias": None, "value_bias": None, "norm": None, "softcap": None, "sinks": None}
         return back(kvshare_cpu.decode_on_cpu(turned, key, None, scaling=scaling, adjacent=False, eps=0.0, **given).to(dtype))
 
     def stock() -> Tensor:

@@ -14,7 +14,7 @@ from test_attention import INTEGERS, SHAPES, case, error
 from kvshare.runtime.reference import rotated, shared_attention
 
 pytest.importorskip("triton")
-from kvshare.runtime import kvshare_triton
+from kvshare.runtime import kvshare_tiles, kvshare_triton
 
 UNLIKE = ("as many heads", "norm and bias", "part, side by side", "no rope", "sinks")  # tried with channels, too
 HALVES = ("llama", "norm", "sinks")  # tried in float16, too
@@ -57,6 +57,92 @@ def test_decoding_against_float64(name: str, dtype: torch.dtype) -> None:
 def test_decoding_of_integers(name: str, bits: int, unlike: bool) -> None:
     arguments, expected = case(name, tile=64, bits=bits, unlike=unlike)
     assert error(attended(arguments), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "unlike"), [(torch.float16, False), (torch.float16, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoding_of_integers_in_16_bits(bits: int, dtype: torch.dtype, unlike: bool) -> None:
+    """In float16 the interpreter does what machine code does two at a time: turn integers as they lie, by tables with sizes."""
+    arguments, expected = case("sinks", dtype, 64, bits, unlike)
+    assert error(attended(arguments), expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(("bits", "unlike"), [(None, False), (8, False), (8, True), (4, True)])
+def test_norms_of_keys_that_are_turned_as_they_lie(monkeypatch: pytest.MonkeyPatch, bits: int | None, unlike: bool) -> None:
+    """In float16, and squares of these numbers are in its range: the interpreter has no products in bfloat16."""
+    monkeypatch.setattr(kvshare_triton, "_packs", lambda *_: 1)
+    arguments, expected = case("norm and bias", torch.float16, 64, bits, unlike)
+    if unlike:
+        arguments |= {"sizes": arguments["sizes"] / 64, "scales": arguments["scales"] * 64}
+    assert error(attended(arguments), expected) < LIMITS[torch.float16]
+
+
+def test_weights_are_read_as_they_are_stored() -> None:
+    """In bfloat16 and not side by side; what a family adds to the weights of its norm is added in float32."""
+    for name in ("norm and bias", "sinks"):
+        arguments, _ = case(name)
+        weights = {key: arguments[key] for key in ("key_bias", "value_bias", "norm", "sinks") if arguments[key] is not None}
+        rounded = {key: value.bfloat16() for key, value in weights.items()}
+        added = {"norm": rounded["norm"].float() + 1} if "norm" in rounded else {}
+        wanted = attended(arguments | {key: value.float() for key, value in rounded.items()} | added)
+        stored = {key: value.repeat_interleave(2, -1)[..., ::2] for key, value in rounded.items()}
+        assert error(attended(arguments | stored | {"norm_offset": 1.0}), wanted) < 1e-6
+
+
+def test_a_cache_that_does_not_lie_in_words() -> None:
+    """Rows of bytes that begin anywhere are read byte by byte."""
+    arguments, expected = case("llama", tile=64, bits=8)
+    numbers = arguments["shared"]
+    odd = torch.zeros(*numbers.shape[:3], numbers.shape[3] + 1, dtype=torch.int8)[..., 1:]
+    arguments["shared"] = odd.copy_(numbers)
+    assert kvshare_triton._in_words(odd, 32, 64, False) is None
+    assert kvshare_triton._in_words(numbers, 32, 64, False) is not None
+    assert error(attended(arguments), expected) < 1e-5
+
+
+def executed(code: str, words: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that PTX of `kvshare_tiles` makes of two words, (4, 2): by a small interpreter of the few instructions it has."""
+
+    def pair(bits: int) -> torch.Tensor:
+        return torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(dtype)
+
+    def bits(pair: torch.Tensor) -> int:
+        return int(pair.view(torch.int32)[0]) & 0xFFFFFFFF
+
+    held = {"$4": words[0], "$5": words[1]}
+    for line in code.strip("{ }").split(";"):
+        name, *operands = line.replace(",", " ").split() or [".reg"]
+        if name == ".reg":
+            continue
+        out, *values = operands
+        found = [held[value] if value in held else int(value, 16) for value in values]
+        if name == "mov.b32":
+            held[out] = found[0]
+        elif name == "prmt.b32":
+            every = found[0].to_bytes(4, "little") + found[1].to_bytes(4, "little")
+            held[out] = int.from_bytes(bytes(every[found[2] >> 4 * n & 7] for n in range(4)), "little")
+        elif name == "lop3.b32":
+            a, b, c, table = found
+            held[out] = sum((table >> ((a >> n & 1) << 2 | (b >> n & 1) << 1 | c >> n & 1) & 1) << n for n in range(32))
+        elif name.startswith("fma.rn."):
+            held[out] = bits((pair(found[0]).double() * pair(found[1]).double() + pair(found[2]).double()).to(dtype))
+        elif name.startswith("add.rn."):
+            held[out] = bits((pair(found[0]).double() + pair(found[1]).double()).to(dtype))
+        else:
+            raise ValueError(name)
+    return torch.stack([pair(held[f"${n}"]) for n in range(4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_machine_code_makes_numbers_of_bytes(dtype: torch.dtype) -> None:
+    kind = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}[dtype]
+    for first in range(0, 256, 4):
+        found = torch.tensor([(first + 37 * n) % 256 for n in range(8)], dtype=torch.uint8)
+        words = tuple(int(word) & 0xFFFFFFFF for word in found.view(torch.int32))
+        given = executed(getattr(kvshare_tiles, f"SIGNED_{kind}").value, words, dtype)
+        assert torch.equal(given.double(), found.view(torch.int8).view(2, 4).T.double())
+        given = executed(getattr(kvshare_tiles, f"FOUR_{kind}").value, words, dtype)
+        assert torch.equal(given.double(), (found & 15).view(2, 4).T.double() - 8)
 
 
 def test_channels_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +218,9 @@ def test_a_graph_holds_a_step() -> None:
     assert error(got.cpu(), expected) < LIMITS[torch.bfloat16]
 
 
-COMPILE = """
+COMPILE = r"""
+import re
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -144,24 +232,33 @@ def compiled(kernel, capability, constants, pointers):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 3})
 
 floats = dict.fromkeys(("cosines", "within", "key_bias", "value_bias", "norm", "sizes", "sinks", "partial"), "*fp32")
-floats |= dict.fromkeys(("scaling", "eps", "softcap"), "fp32") | {"scales": "*fp16"}
+floats |= dict.fromkeys(("scaling", "eps", "norm_offset", "softcap"), "fp32") | {"scales": "*fp16"}
 every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
-flags = dict.fromkeys((*every, "SIZES", "OVERLAP", "WIDE", "PACKED"), False)
+flags = dict.fromkeys((*every, "SIZES", "OVERLAP", "WIDE", "PACKED", "WORDS"), False)
 decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "P": 32, "R": 16}
 decode |= {"N": 16, "T": 2, "TILE": 32, "LINES": 32}
+wide = {"D": 128, "PAIRS": 64, "P": 64}
+channels = {"KEY_BIAS": True, "VALUE_BIAS": True, "SIZES": True, "PACKED": 2}
 for capability, dtype, more in (
-    (80, "*bf16", {"PACKED": True}),
-    (90, "*bf16", {"PACKED": True, "NORM": True, "D": 128, "PAIRS": 64, "P": 64, "OVERLAP": True}),
-    (90, "*fp16", {"PACKED": True, "KIND": 2}),
-    (90, "*bf16", {"PACKED": True, "PAIRS": 0, "R": 64}),
+    (80, "*bf16", {"PACKED": 2}),
+    (80, "*bf16", channels | {"KIND": 2, "WORDS": True}),
+    (90, "*bf16", wide | {"PACKED": 2, "NORM": True, "OVERLAP": True}),
+    (90, "*fp16", {"PACKED": 2, "KIND": 2}),
+    (90, "*bf16", {"PACKED": 2, "PAIRS": 0, "R": 64}),
     (90, "*fp16", every | {"SPLIT": False, "M": 64, "N": 64, "T": 1, "PAIRS": 16, "R": 32, "MASK": 1}),
     (90, "*bf16", {"KIND": 3, "PAIRS": 0, "R": 64, "MASK": 2}),
-    (90, "*bf16", {"KIND": 3, "KEY_BIAS": True, "NORM": True, "SIZES": True, "D": 128, "PAIRS": 64, "P": 64, "SPLIT": False}),
+    (90, "*bf16", wide | channels | {"KIND": 3, "WORDS": True, "NORM": True, "SPLIT": False}),
+    (90, "*fp16", channels | {"KIND": 3, "WORDS": True, "M": 64, "N": 64, "T": 1, "TILE": 64}),
 ):
     constants = flags | decode | more
-    shared = {0: dtype, 2: "*i8", 3: "*u8"}[constants["KIND"]]
+    shared = "*i32" if constants["WORDS"] else {0: dtype, 2: "*i8", 3: "*u8"}[constants["KIND"]]
     pointers = floats | {"query": dtype, "out": dtype, "shared": shared, "mask": "*fp32" if constants["MASK"] == 2 else "*i8"}
-    assert "mma" in compiled(kernels.attend_kernel, capability, constants, pointers).asm["ptx"]
+    made = compiled(kernels.attend_kernel, capability, constants, pointers).asm
+    assert "mma" in made["ptx"]
+    exchanged = [line for line in made["ttgir"].splitlines() if "movmatrix" in line]
+    assert len(exchanged) == 2 * constants["T"] * constants["WORDS"]
+    for line in exchanged:  # numbers lie as a product leaves them, and are taken in as the next one wants them without moving
+        assert len(re.findall(r", #mma\d*>", line)) == 3, line
     constants = {"GROUP": 4, "D": 64, "VALUE_BIAS": True, "SINKS": True, "SIZES": True, "S": 128, "W": 32}
     constants |= {"OVERLAP": capability == 90}
     compiled(splits.join_kernel, capability, constants, floats | {"out": "*bf16"})

@@ -14,6 +14,7 @@ NAMES = (
     "kvshare_triton.py",
     "kvshare_kernels.py",
     "kvshare_splits.py",
+    "kvshare_tiles.py",
     "kvshare_rotated.py",
 )
 ROTATED = "kvshare_rotated_"  # what the model type of a checkpoint in rotated form begins with; its family's follows

@@ -343,7 +343,8 @@ def _against_triton(decoder: Any, inputs: Tensor) -> str | None:
 
     if inputs.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the kernel for GPUs knows no {inputs.dtype}"
-    problems = (problem_on(inputs.device, inputs.dtype, head_dim, width) for head_dim, width, _ in decoder.kvshare_plan.made)
+    bits = decoder.kvshare_bits
+    problems = (problem_on(inputs.device, inputs.dtype, dim, width, bits) for dim, width, _ in decoder.kvshare_plan.made)
     return next(filter(None, problems), None)
 
 
@@ -383,10 +384,11 @@ def attend(
         "scaling": attention.scaling,
         "adjacent": pairs is not None and pairs.adjacent,
         **with_biases(None if scales is None else attention.kvshare_channels, key_bias, value_bias),
-        "norm": None if norm is None else first_of(attention, KEY_NORMS).weight.float() + norm.offset,
+        "norm": None if norm is None else first_of(attention, KEY_NORMS).weight,
         "eps": 0.0 if norm is None else norm.eps,
+        "norm_offset": 0.0 if norm is None else float(norm.offset),
         "softcap": arguments.get("softcap"),
-        "sinks": None if sinks is None else sinks.float(),
+        "sinks": sinks,
     }
     if backend == "triton":
         from .kvshare_triton import attend_on_gpu

@@ -133,7 +133,7 @@ def channels_on(attention: Any, device: torch.device) -> Channels | None:
 
 
 def with_biases(channels: Channels | None, key_bias: Tensor | None, value_bias: Tensor | None) -> dict[str, Tensor | None]:
-    """What a kernel is told of a layer whose cache it reads, (kv heads, head_dim) in float32: middles are part of its biases.
+    """What a kernel is told of a layer whose cache it reads, (kv heads, head_dim): middles are part of its biases.
 
     Args:
         channels: of the layer, None where what is cached is the numbers themselves or was quantised without.
@@ -143,4 +143,4 @@ def with_biases(channels: Channels | None, key_bias: Tensor | None, value_bias: 
     middle, size = channels or (None, None)
     if middle is not None:
         biases = {name: middle if value is None else value.float() + middle for name, value in biases.items()}
-    return {name: None if value is None else value[:, 0].float() for name, value in (biases | {"sizes": size}).items()}
+    return {name: None if value is None else value[:, 0] for name, value in (biases | {"sizes": size}).items()}

@@ -194,6 +194,7 @@ def decode_on_cpu(
     value_bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
+    norm_offset: float = 0.0,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -210,11 +211,11 @@ def decode_on_cpu(
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
-        key_bias, value_bias: (kv heads, head_dim), float32.
-        norm: what the norm of keys multiplies by, (head_dim), float32.
+        key_bias, value_bias: (kv heads, head_dim), of any dtype.
+        norm: weights of the norm of keys, (head_dim), of any dtype; `norm_offset` is added to them.
         eps: of the norm.
         softcap: scores become softcap * tanh(scores / softcap).
-        sinks: a score for each query head that takes weight and gives no value, (query heads), float32.
+        sinks: a score for each query head that takes weight and gives no value, (query heads), of any dtype.
 
     Returns:
         (batch, new tokens, query heads, head_dim), float32; 0 where a query attends to nothing.
@@ -233,9 +234,10 @@ def decode_on_cpu(
     partial = torch.empty(batch * heads * splits * rows * (head_dim + 2))
     if mask is not None:
         mask = in_rows((mask if mask.dtype == torch.bool else mask.float()).expand(batch, 1, new, slots))
+    weight = None if norm is None else norm.float() + norm_offset
     given = [
-        None if x is None else x.contiguous()
-        for x in (query.float() * scaling, *(tables or (None, None)), key_bias, norm, sizes, value_bias, sinks)
+        None if x is None else x.float().contiguous()
+        for x in (query.float() * scaling, *(tables or (None, None)), key_bias, weight, sizes, value_bias, sinks)
     ]
     names = ("query", "base", "offset", "key_bias", "norm", "sizes", "value_bias", "sinks")
     step(

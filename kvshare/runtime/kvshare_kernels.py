@@ -21,87 +21,7 @@ except ImportError as error:  # whoever chooses this file asks first
     raise ImportError("the kernels for GPUs need triton: pip install triton, or set KVSHARE_ATTENTION=eager") from error
 
 from .kvshare_splits import LOG2E, NONE
-
-
-@triton.jit
-def _numbers(rows, columns, live, KIND: tl.constexpr, HALF: tl.constexpr):
-    """What is cached in these columns, (slots, columns), as it is cached; of pairs of 4 bits the whole numbers."""
-    if KIND == 3:
-        pair = tl.load(rows[:, None] + (columns % HALF)[None, :], mask=live, other=0x88).to(tl.int32)
-        found = ((pair >> (columns // HALF * 4)[None, :]) & 15) - 8
-    else:
-        found = tl.load(rows[:, None] + columns[None, :], mask=live, other=0)
-    return found
-
-
-@triton.jit
-def _factor(x, kind, WIDE: tl.constexpr):
-    """What a product is made of, rounded as queries are. The interpreter can do neither with bfloat16: this can."""
-    if WIDE:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(kind)
-
-
-@triton.jit
-def _turned(first, second, cosine1, sine1, cosine2, sine2):
-    """Rope on the two numbers of each pair; tables have what either number is multiplied by, too."""
-    return first * cosine1 - second * sine2, second * cosine2 + first * sine1
-
-
-@triton.jit
-def _added(sums, numbers, weight, kind, WIDE: tl.constexpr):
-    """Weighted sums, (rows, columns), with the numbers of a part, (slots, columns)."""
-    return tl.dot(tl.trans(weight), _factor(numbers, kind, WIDE), sums, input_precision="ieee")
-
-
-@triton.jit
-def _prefetch(begin, step, slot, slots, D: tl.constexpr, LINES: tl.constexpr):
-    """Have lines of 128 bytes brought into the device's cache, from a slot on; numbers have 16 bits."""
-    each: tl.constexpr = max(1, D // 64)
-    line = tl.arange(0, LINES)
-    at = begin + tl.minimum(slot + line // each, slots - 1).to(tl.int64) * step + line % each * 64
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _joined(x, T: tl.constexpr, W: tl.constexpr):
-    """(T * W, columns) summed over T: (W, columns)."""
-    P: tl.constexpr = x.shape[1]
-    return x if T == 1 else tl.sum(tl.reshape(x, (T, W, P)), 0)
-
-
-@triton.jit
-def _turned_in_pairs(first, second, cosine1, sine1, cosine2, against2):
-    """As `_turned`, on bfloat16 or float16 two at a time: half the instructions, each result rounded once more.
-
-    `against2` is the negative of `sine2`: in 16 bits a difference takes an instruction more than a sum.
-    """
-    if first.dtype == tl.bfloat16:
-        turn: tl.constexpr = """{
-            .reg .b32 a, b, zero;
-            mov.b32 zero, 0x80008000;
-            fma.rn.bf16x2 a, $3, $7, zero;
-            fma.rn.bf16x2 b, $3, $6, zero;
-            fma.rn.bf16x2 $0, $2, $4, a;
-            fma.rn.bf16x2 $1, $2, $5, b;
-        }"""
-    else:
-        turn: tl.constexpr = """{
-            .reg .b32 a, b;
-            mul.rn.f16x2 a, $3, $7;
-            mul.rn.f16x2 b, $3, $6;
-            fma.rn.f16x2 $0, $2, $4, a;
-            fma.rn.f16x2 $1, $2, $5, b;
-        }"""
-    return tl.inline_asm_elementwise(
-        turn,
-        "=&r,=&r,r,r,r,r,r,r",
-        [first, second, cosine1, sine1, cosine2, against2],
-        (first.dtype, first.dtype),
-        is_pure=True,
-        pack=2,
-    )
+from .kvshare_tiles import across, factor, halves, joined, numbers, prefetch, summed, turned, turned_in_pairs
 
 
 @triton.jit
@@ -140,6 +60,7 @@ def attend_kernel(
     splits,
     scaling,
     eps,
+    norm_offset,
     softcap,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -159,6 +80,7 @@ def attend_kernel(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     PACKED: tl.constexpr,
+    WORDS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     T: tl.constexpr,
@@ -181,14 +103,18 @@ def attend_kernel(
     begin_s = shared + b * shared_b + h * shared_h
     rounds = tl.cdiv(slots, N * T)
     lowest, highest = rounds * split // splits, rounds * (split + 1) // splits
-    if PACKED and KIND == 0:  # while queries and tables are made ready
-        _prefetch(begin_s, shared_t, lowest * N * T, slots, D, LINES)
+    if PACKED == 2 and KIND == 0:  # while queries and tables are made ready
+        prefetch(begin_s, shared_t, lowest * N * T, slots, D, LINES)
     column = tl.arange(0, M)
     part = column // W
     row = tl.program_id(0) * M + column % W
     real = row < rows
     token, head = (row // GROUP).to(tl.int64), h * GROUP + row % GROUP
     pair, rest = tl.arange(0, P), 2 * PAIRS + tl.arange(0, R)
+    inside = tl.arange(0, N)
+    if WORDS:  # columns of a tile are byte 0 of every word, then byte 1 of every word, ...
+        word, pair = tl.arange(0, P // 4), pair % (P // 4) * 4 + pair // (P // 4)
+        like = tl.zeros((N, P // 4), kind if PACKED else tl.float32)
     pairs, rests = pair < PAIRS, rest < D
     if ADJACENT:
         first, second = 2 * pair, 2 * pair + 1
@@ -207,34 +133,65 @@ def attend_kernel(
             turn = tl.load(ahead, mask=pairs[:, None], other=0.0)
             over = tl.load(ahead + PAIRS, mask=pairs[:, None], other=0.0)
     if NORM:
-        norm1 = tl.load(norm + first, mask=pairs, other=0.0)
-        norm2 = tl.load(norm + second, mask=pairs, other=0.0)
-        norm3 = tl.load(norm + rest, mask=rests, other=0.0)
+        norm1 = tl.load(norm + first, mask=pairs, other=0.0).to(tl.float32) + norm_offset
+        norm2 = tl.load(norm + second, mask=pairs, other=0.0).to(tl.float32) + norm_offset
+        norm3 = tl.load(norm + rest, mask=rests, other=0.0).to(tl.float32) + norm_offset
+    if SIZES:
+        size1 = tl.load(sizes + h * D + first, mask=pairs, other=0.0)
+        size2 = tl.load(sizes + h * D + second, mask=pairs, other=0.0)
+        size3 = tl.load(sizes + h * D + rest, mask=rests, other=0.0)
+    if KEY_BIAS:
+        bias1 = tl.load(key_bias + h * D + first, mask=pairs, other=0.0).to(tl.float32)
+        bias2 = tl.load(key_bias + h * D + second, mask=pairs, other=0.0).to(tl.float32)
+        bias3 = tl.load(key_bias + h * D + rest, mask=rests, other=0.0).to(tl.float32)
     begin_q = query + b * query_b + head * query_h + token * query_t
     q1 = tl.load(begin_q[None, :] + first[:, None], mask=real[None, :] & pairs[:, None], other=0.0)
     q2 = tl.load(begin_q[None, :] + second[:, None], mask=real[None, :] & pairs[:, None], other=0.0)
     q3 = tl.load(begin_q[None, :] + rest[:, None], mask=real[None, :] & rests[:, None], other=0.0)
 
+    # What every number of a key is multiplied by is multiplied into tables, and into the queries of what does not turn; what is
+    # added to keys turns once, and is multiplied by queries apart from them. So what is cached is turned as it is.
     if NORM:
-        norm1, norm2, norm3 = norm1[None, :], norm2[None, :], norm3[None, :]
+        norm1, norm2 = norm1[None, :], norm2[None, :]
         ones = tl.full((P, M), 1.0, kind)
+        q3 = q3.to(tl.float32) * norm3[:, None]
+    if not TABLED:
+        if KEY_BIAS:
+            always = tl.sum(q3.to(tl.float32) * bias3[:, None], 0)[None, :]
+        if SIZES:
+            q3 = q3.to(tl.float32) * size3[:, None]
+    q3 = factor(q3, kind, WIDE)
+    if NORM and PACKED and KEY_BIAS:
+        near1, near2 = bias1.to(kind).to(tl.float32), bias2.to(kind).to(tl.float32)
+        least = tl.sum(near1 * near1 + near2 * near2, 0)
+        twice1, twice2 = (2 * near1[:, None] * ones).to(kind), (2 * near2[:, None] * ones).to(kind)
+    if KEY_BIAS:
+        bias1, bias2, bias3 = bias1[None, :], bias2[None, :], bias3[None, :]
+    if SIZES:
+        size1, size2, size3 = size1[None, :], size2[None, :], size3[None, :]
     if not TABLED and PAIRS > 0:
         cosine2, sine2 = cosine1, sine1
         if NORM:
             cosine1, sine1, cosine2, sine2 = cosine1 * norm1, sine1 * norm1, cosine2 * norm2, sine2 * norm2
+        if KEY_BIAS:
+            ahead1, ahead2 = turned(bias1, bias2, cosine1, sine1, cosine2, sine2)
+            ahead1, ahead2 = factor(ahead1, kind, WIDE), factor(ahead2, kind, WIDE)
+        if SIZES:
+            cosine1, sine1, cosine2, sine2 = cosine1 * size1, sine1 * size1, cosine2 * size2, sine2 * size2
         if PACKED:
             cosine1, sine1, cosine2, sine2 = cosine1.to(kind), sine1.to(kind), cosine2.to(kind), -sine2.to(kind)
             # a product with 1 gives tables the layout of products, and with them keys, which then pass no shared memory
             same = (tl.arange(0, N)[:, None] == tl.arange(0, N)[None, :]).to(kind)
             cosine1, sine1, sine2 = tl.dot(same, cosine1).to(kind), tl.dot(same, sine1).to(kind), tl.dot(same, sine2).to(kind)
-            cosine2 = tl.dot(same, cosine2).to(kind) if NORM else cosine1
+            cosine2 = tl.dot(same, cosine2).to(kind) if NORM or SIZES else cosine1
+            if KEY_BIAS:
+                ahead1, ahead2 = tl.dot(same, ahead1).to(kind), tl.dot(same, ahead2).to(kind)
+            if WORDS:
+                like = tl.dot(same, (inside[:, None] + word[None, :]).to(kind)).to(kind)
         if T > 1:  # queries of a part are turned back by where it begins among the parts
-            q1, q2 = _turned(q1.to(tl.float32), q2.to(tl.float32), turn, -over, turn, -over)
-
-    if SIZES:
-        size1 = tl.load(sizes + h * D + first, mask=pairs, other=0.0)[None, :]
-        size2 = tl.load(sizes + h * D + second, mask=pairs, other=0.0)[None, :]
-        size3 = tl.load(sizes + h * D + rest, mask=rests, other=0.0)[None, :]
+            q1, q2 = turned(q1.to(tl.float32), q2.to(tl.float32), turn, -over, turn, -over)
+    if PACKED and SIZES:
+        size1, size2 = size1.to(kind), size2.to(kind)
 
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
@@ -244,7 +201,6 @@ def attend_kernel(
         last = slots - 1 - (rows - 1) // GROUP + tl.minimum(tl.program_id(0) * M + M, rows) // GROUP
         highest = tl.minimum(highest, tl.cdiv(last + 1, N * T))
     begin_m = mask + b * mask_b + token * mask_t
-    inside = tl.arange(0, N)
     if MASK == 1:  # rounds that no row sees at the ends of the range are not read
         low, high = highest, lowest
         for index in range(lowest, highest):
@@ -264,70 +220,88 @@ def attend_kernel(
             if N * T < TILE:
                 inner = within + index * N * T % TILE * 2 * PAIRS + pair
                 further, apart = tl.load(inner, mask=pairs, other=0.0), -tl.load(inner + PAIRS, mask=pairs, other=0.0)
-                back, aside = _turned(back, aside, further, apart, further, apart)
+                back, aside = turned(back, aside, further, apart, further, apart)
             cosine, sine = back[:, None], aside[:, None]
-            r1, r2 = _turned(q1.to(tl.float32), q2.to(tl.float32), cosine, sine, cosine, sine)
-        r1, r2 = _factor(r1, kind, WIDE), _factor(r2, kind, WIDE)
+            r1, r2 = turned(q1.to(tl.float32), q2.to(tl.float32), cosine, sine, cosine, sine)
+        r1, r2 = factor(r1, kind, WIDE), factor(r2, kind, WIDE)
         score = tl.zeros((N, M), tl.float32)
+        if KEY_BIAS and not TABLED:  # of all parts: their queries differ, not where slots lie in them
+            added_up = tl.zeros((N, M), tl.float32)
+            if PAIRS > 0:
+                added_up = tl.dot(ahead1, r1, added_up, input_precision="ieee")
+                added_up = tl.dot(ahead2, r2, added_up, input_precision="ieee")
+            if 2 * PAIRS < D:
+                added_up += always
         rounded = tl.full((N, M), 1.0, tl.float32)  # scales of what is cached in few bits
         read = ()
         for t in tl.static_range(T):
             slot = (index * T + t) * N + inside
             there = slot < slots
             at = begin_s + tl.cast(shared_t, tl.int64) * (index * T + t) * N + inside * shared_t
-            s1 = _numbers(at, first, there[:, None] & pairs[None, :], KIND, D // 2)
-            s2 = _numbers(at, second, there[:, None] & pairs[None, :], KIND, D // 2)
-            s3 = _numbers(at, rest, there[:, None] & rests[None, :], KIND, D // 2)
-            read = read + (s1, s2, s3)
+            if WORDS:
+                live = there[:, None] & (word < PAIRS // 4)[None, :]
+                s1, s2 = halves(at[:, None] + word[None, :], live, like, KIND, PAIRS // 4, PACKED == 2)
+                s3 = tl.zeros((N, R), like.dtype)  # there is no rest
+            else:
+                s1 = numbers(at, first, there[:, None] & pairs[None, :], KIND, D // 2)
+                s2 = numbers(at, second, there[:, None] & pairs[None, :], KIND, D // 2)
+                s3 = numbers(at, rest, there[:, None] & rests[None, :], KIND, D // 2)
+            v1, v2 = s1, s2
+            if WORDS and PACKED == 2:
+                v1, v2 = across(s1, sine1), across(s2, sine1)
+            read = read + (v1, v2, s3)
             if PACKED:
                 k1, k2, k3 = s1.to(kind), s2.to(kind), s3.to(kind)
             else:
                 k1, k2, k3 = s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
-            # what a whole key is multiplied by multiplies scores: there are fewer of them
-            times = tl.full((N, 1), 1.0, tl.float32)
+            w1, w2, w3 = k1, k2, k3  # whole keys, where they are needed
             if KIND >= 2:
-                scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0)
-                scale = scale.to(tl.float32)[:, None]
+                scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0)[:, None]
+                scale = scale.to(tl.float32)
                 rounded = scale if T == 1 else tl.where(part[None, :] == t, scale, rounded)
-                if SIZES:
-                    k1, k2, k3 = k1 * size1, k2 * size2, k3 * size3
+            if (TABLED or NORM) and SIZES:
+                w1, w2, w3 = w1 * size1, w2 * size2, w3 * size3
+            if NORM and PACKED:  # of scale * w + bias, summed by the unit for products: the sums lie as scores do
+                energy = tl.dot(w1 * w1 + w2 * w2, ones)
+                if KIND >= 2:
+                    energy *= scale * scale
                 if KEY_BIAS:
-                    k1, k2, k3 = k1 * scale, k2 * scale, k3 * scale
-                else:
-                    times = scale
-            if KEY_BIAS:
-                k1 += tl.load(key_bias + h * D + first, mask=pairs, other=0.0)[None, :]
-                k2 += tl.load(key_bias + h * D + second, mask=pairs, other=0.0)[None, :]
-                k3 += tl.load(key_bias + h * D + rest, mask=rests, other=0.0)[None, :]
-            if NORM:
-                if PACKED:  # summed by the unit for products: the sums lie as scores do
-                    size = tl.dot(k1 * k1 + k2 * k2, ones)
-                else:
-                    size = tl.sum(k1 * k1 + k2 * k2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
-                    if 2 * PAIRS < D:
-                        size += tl.sum(k3 * k3, 1)[:, None]
-                times = times * tl.rsqrt(size * times * times / D + eps)
-                k3 *= norm3
+                    mixed = tl.dot(w2, twice2, tl.dot(w1, twice1))
+                    energy = tl.maximum(energy + (mixed * scale if KIND >= 2 else mixed) + least, 0.0)
+            elif TABLED or NORM:
+                if KIND >= 2:
+                    w1, w2, w3 = w1 * scale, w2 * scale, w3 * scale
+                if KEY_BIAS:
+                    w1, w2, w3 = w1 + bias1, w2 + bias2, w3 + bias3
+                energy = tl.sum(w1 * w1 + w2 * w2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
+                if 2 * PAIRS < D:
+                    energy += tl.sum(w3 * w3, 1)[:, None]
+            if TABLED:
+                inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
+                live = there[:, None] & pairs[None, :]
+                cosine = tl.load(inner, mask=live, other=0.0)
+                sine = tl.load(inner + PAIRS, mask=live, other=0.0)
+                if NORM:
+                    w1, w2 = w1 * norm1, w2 * norm2
+                k1, k2 = turned(w1, w2, cosine, sine, cosine, sine)
+                k3 = w3
+            elif PACKED and PAIRS > 0:
+                k1, k2 = turned_in_pairs(k1, k2, cosine1, sine1, cosine2, sine2, PACKED == 2)
+            elif PAIRS > 0:
+                k1, k2 = turned(k1, k2, cosine1, sine1, cosine2, sine2)
             product = tl.zeros((N, M), tl.float32)
             if PAIRS > 0:
-                if TABLED:
-                    inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
-                    live = there[:, None] & pairs[None, :]
-                    cosine = tl.load(inner, mask=live, other=0.0)
-                    sine = tl.load(inner + PAIRS, mask=live, other=0.0)
-                    if NORM:
-                        k1, k2 = k1 * norm1, k2 * norm2
-                    k1, k2 = _turned(k1, k2, cosine, sine, cosine, sine)
-                elif PACKED:
-                    k1, k2 = _turned_in_pairs(k1, k2, cosine1, sine1, cosine2, sine2)
-                else:
-                    k1, k2 = _turned(k1, k2, cosine1, sine1, cosine2, sine2)
-                product = tl.dot(_factor(k1, kind, WIDE), r1, product, input_precision="ieee")
-                product = tl.dot(_factor(k2, kind, WIDE), r2, product, input_precision="ieee")
+                product = tl.dot(factor(k1, kind, WIDE), r1, product, input_precision="ieee")
+                product = tl.dot(factor(k2, kind, WIDE), r2, product, input_precision="ieee")
             if 2 * PAIRS < D:
-                product = tl.dot(_factor(k3, kind, WIDE), _factor(q3, kind, WIDE), product, input_precision="ieee")
-            if KIND >= 2 or NORM:
-                product *= times
+                product = tl.dot(factor(k3, kind, WIDE), q3, product, input_precision="ieee")
+            if not TABLED:
+                if KIND >= 2:
+                    product *= scale
+                if KEY_BIAS:
+                    product += added_up
+            if NORM:
+                product *= tl.rsqrt(energy / D + eps)
             score = product if T == 1 else tl.where(part[None, :] == t, product, score)
         if CAP:
             score *= scaling
@@ -358,18 +332,18 @@ def attend_kernel(
         if 2 * PAIRS < D:
             sum3 *= shrink[:, None]
         for t in tl.static_range(T):
-            own = _factor(weight if T == 1 else tl.where(part[None, :] == t, weight, 0.0), kind, WIDE)
+            own = factor(weight if T == 1 else tl.where(part[None, :] == t, weight, 0.0), kind, WIDE)
             if PAIRS > 0:
-                sum1 = _added(sum1, read[3 * t], own, kind, WIDE)
-                sum2 = _added(sum2, read[3 * t + 1], own, kind, WIDE)
+                sum1 = summed(sum1, read[3 * t], own, kind, WIDE)
+                sum2 = summed(sum2, read[3 * t + 1], own, kind, WIDE)
             if 2 * PAIRS < D:
-                sum3 = _added(sum3, read[3 * t + 2], own, kind, WIDE)
+                sum3 = summed(sum3, read[3 * t + 2], own, kind, WIDE)
 
     if T > 1:  # what the parts found becomes one
         over = tl.max(tl.reshape(most, (T, W)), 0)
         share = tl.exp2(most - tl.reshape(tl.broadcast_to(over[None, :], (T, W)), (M,)))
-        sum1, sum2 = _joined(sum1 * share[:, None], T, W), _joined(sum2 * share[:, None], T, W)
-        sum3 = _joined(sum3 * share[:, None], T, W)
+        sum1, sum2 = joined(sum1 * share[:, None], T, W), joined(sum2 * share[:, None], T, W)
+        sum3 = joined(sum3 * share[:, None], T, W)
         mass, most = tl.sum(tl.reshape(mass * share, (T, W)), 0), over
         row, real = tl.arange(0, W), tl.arange(0, W) < rows
         token, head = (row // GROUP).to(tl.int64), h * GROUP + row % GROUP
@@ -380,7 +354,7 @@ def attend_kernel(
     else:
         place = out + b * out_b + token * out_t + head * out_h
         if SINKS:
-            sink = tl.load(sinks + head, mask=real, other=NONE) * LOG2E
+            sink = tl.load(sinks + head, mask=real, other=NONE).to(tl.float32) * LOG2E
             above = tl.maximum(most, sink)
             shrink = tl.exp2(most - above)
             whole = mass * shrink + tl.exp2(sink - above)
@@ -389,7 +363,9 @@ def attend_kernel(
         shrink = tl.where(whole > 0, shrink / tl.where(whole > 0, whole, 1.0), 0.0)[:, None]
         sum1, sum2, sum3 = sum1 * shrink, sum2 * shrink, sum3 * shrink
         if SIZES:
-            sum1, sum2, sum3 = sum1 * size1, sum2 * size2, sum3 * size3
+            sum1 *= tl.load(sizes + h * D + first, mask=pairs, other=0.0)[None, :]
+            sum2 *= tl.load(sizes + h * D + second, mask=pairs, other=0.0)[None, :]
+            sum3 *= tl.load(sizes + h * D + rest, mask=rests, other=0.0)[None, :]
         if VALUE_BIAS:
             share = mass[:, None] * shrink
             sum1 += share * tl.load(value_bias + h * D + first, mask=pairs, other=0.0)[None, :]

@@ -55,7 +55,7 @@ def join_kernel(
     above = tl.max(most, 0)
     added = 0.0
     if SINKS:
-        sink = tl.load(sinks + head) * LOG2E
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
         above = tl.maximum(above, sink)
         added = tl.exp2(sink - above)
     share = tl.where(real, tl.exp2(most - above), 0.0)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kvshare_bits import dequantise, quantise
+from .kvshare_channels import Channels, with_biases
 from .kvshare_cpu import TILE, in_rows  # tables are made for tiles of one size
 from .kvshare_kernels import attend_kernel
 from .kvshare_splits import join_kernel
@@ -29,8 +31,10 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def problem_on(device: torch.device, dtype: torch.dtype, head_dim: int, width: int) -> str | None:
-    """Why the kernel is of no use on a device, or None: it is run once on numbers whose attention stock torch can compute."""
+def problem_on(device: torch.device, dtype: torch.dtype, head_dim: int, width: int, bits: int | None = None) -> str | None:
+    """Why the kernel is of no use on a device, or None: it is run once on numbers whose attention stock torch can compute, cached
+    in `bits` bits by channels where they are given.
+    """
     if device.type != "cuda" and not interpreted():
         return f"triton has no kernels for {device.type}"
     generator = torch.Generator().manual_seed(0)
@@ -39,9 +43,15 @@ def problem_on(device: torch.device, dtype: torch.dtype, head_dim: int, width: i
     turned[0] = 1
     tables = turned.transpose(0, 1)
     options: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "norm", "softcap", "sinks"))
+    numbers = shared
+    if bits is not None:
+        channels = Channels(*(torch.rand(2, 1, head_dim, generator=generator).to(device) + begin for begin in (-0.5, 0.5)))
+        numbers, scales = quantise(shared, bits, channels)
+        shared = dequantise(numbers, scales, dtype, channels)
+        options |= {"scales": scales[..., 0], **with_biases(channels, None, None)}
     try:
         found = attend_on_gpu(
-            query, shared, (tables[None, :3], tables[3:]) if width else None, scaling=0.1, adjacent=False, eps=0.0, **options
+            query, numbers, (tables[None, :3], tables[3:]) if width else None, scaling=0.1, adjacent=False, eps=0.0, **options
         )
     except Exception as error:  # whatever a compiler or a driver says
         return f"the kernel for GPUs fails here: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -70,13 +80,22 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _packs(
-    query: Tensor, tabled: bool, pairs: int, head_dim: int, key_bias: Tensor | None, norm: Tensor | None, sizes: Tensor | None
-) -> bool:
-    """Whether keys are turned two at a time, in 16 bits: where nothing large is added to them, and squares stay in range."""
-    if interpreted() or query.dtype == torch.float32 or tabled or key_bias is not None or sizes is not None:
-        return False
-    return norm is None or (query.dtype == torch.bfloat16 and 2 * pairs == head_dim)
+def _packs(query: Tensor, tabled: bool, pairs: int, head_dim: int, norm: Tensor | None) -> int:
+    """Whether keys are turned two at a time, in 16 bits: 0 no, 1 by plain operations, which is for the interpreter, 2 by machine
+    code. Squares, which norms need, stay in range in bfloat16 alone.
+    """
+    if query.dtype == torch.float32 or tabled or (norm is not None and (query.dtype == torch.float16 or 2 * pairs < head_dim)):
+        return 0
+    return 2 if not interpreted() else int(query.dtype == torch.float16)
+
+
+def _in_words(shared: Tensor, pairs: int, head_dim: int, adjacent: bool) -> Tensor | None:
+    """What is cached in 8 or 4 bits, four bytes as one number, or None: all numbers turn, halves of heads with one another."""
+    if adjacent or 2 * pairs != head_dim or pairs % 4 or pairs <= 16:
+        return None
+    if any(number % 4 for number in (*shared.stride()[:-1], shared.storage_offset())):
+        return None
+    return shared.view(torch.int32)
 
 
 class Launch(NamedTuple):
@@ -112,6 +131,7 @@ def attend_on_gpu(
     value_bias: Tensor | None,
     norm: Tensor | None,
     eps: float,
+    norm_offset: float = 0.0,
     softcap: float | None,
     sinks: Tensor | None,
     scales: Tensor | None = None,
@@ -129,11 +149,11 @@ def attend_on_gpu(
         scaling: of scores.
         adjacent: how rope pairs lie.
         mask: (batch or 1, 1, new tokens, slots), boolean (whether to attend) or added to scores.
-        key_bias, value_bias: (kv heads, head_dim), float32.
-        norm: what the norm of keys multiplies by, (head_dim), float32.
+        key_bias, value_bias: (kv heads, head_dim), of any dtype.
+        norm: weights of the norm of keys, (head_dim), of any dtype; `norm_offset` is added to them.
         eps: of the norm.
         softcap: scores become softcap * tanh(scores / softcap).
-        sinks: a score for each query head that takes weight and gives no value, (query heads), float32.
+        sinks: a score for each query head that takes weight and gives no value, (query heads), of any dtype.
         scales: of what is cached, (batch, kv heads, slots), float16.
         sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         causal: whether new tokens, which are the last slots, see no later ones.
@@ -148,13 +168,15 @@ def attend_on_gpu(
     tabled = isinstance(tables, Tensor)
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
-    packed = _packs(query, tabled, pairs, head_dim, key_bias, norm, sizes)
-    launch = _launch(head_dim, rows, packed)
+    packed = _packs(query, tabled, pairs, head_dim, norm)
+    launch = _launch(head_dim, rows, packed > 0)
     tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
     splits = max(1, min(PROGRAMS * _processors(query.device) // (blocks * batch * heads), _parts(rounds, LEAST), MOST))
     query, shared = in_rows(query), in_rows(shared)
+    words = _in_words(shared, pairs, head_dim, adjacent) if kind else None
+    shared = shared if words is None else words
     if mask is not None:
         mask = in_rows(mask.expand(batch, 1, new, slots))
         mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
@@ -163,6 +185,7 @@ def attend_on_gpu(
     size = batch * heads * splits * rows * (head_dim + 2) if splits > 1 else 1
     partial = torch.empty(size, device=query.device, dtype=torch.float32)
     none = partial  # stands for what there is not
+    weights = [none if x is None else x.contiguous() for x in (key_bias, value_bias, norm, sizes, sinks)]
     options: dict[str, Any] = {"VALUE_BIAS": value_bias is not None, "SINKS": sinks is not None, "SIZES": sizes is not None}
     options |= {"GROUP": group, "D": head_dim, "OVERLAP": _overlaps(query.device)}
     launched = {"launch_pdl": True} if options["OVERLAP"] else {}
@@ -174,11 +197,7 @@ def attend_on_gpu(
         table,
         none if tables is None or isinstance(tables, Tensor) else tables[1].contiguous(),
         none if mask is None else mask,
-        none if key_bias is None else key_bias,
-        none if value_bias is None else value_bias,
-        none if norm is None else norm,
-        none if sizes is None else sizes,
-        none if sinks is None else sinks,
+        *weights,
         out,
         partial,
         *query.stride()[:3],
@@ -193,6 +212,7 @@ def attend_on_gpu(
         splits,
         scaling,
         eps,
+        norm_offset,
         softcap or 1.0,
         PAIRS=pairs,
         ADJACENT=adjacent,
@@ -206,6 +226,7 @@ def attend_on_gpu(
         SPLIT=splits > 1,
         WIDE=wide,
         PACKED=packed,
+        WORDS=words is not None,
         M=launch.block,
         N=part,
         T=parts,
@@ -222,9 +243,7 @@ def attend_on_gpu(
         columns = min(32, _power(head_dim))
         join_kernel[(batch * heads, rows, _parts(head_dim, columns))](
             partial,
-            none if value_bias is None else value_bias,
-            none if sizes is None else sizes,
-            none if sinks is None else sinks,
+            *(weights[at] for at in (1, 3, 4)),  # bias of values, sizes, sinks
             out,
             *out.stride()[:3],
             heads,
