@@ -152,6 +152,17 @@ def test_channels_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(attended(arguments), expected) < 1e-5
 
 
+def test_no_more_splits_than_shorten_the_longest() -> None:
+    assert kvshare_triton._splits(1024, 66) == 64  # 16 rounds each, where 66 would have 15 or 16
+    assert kvshare_triton._splits(4096, 66) == 66
+    for rounds in range(1, 300):
+        for most in range(300):
+            splits = kvshare_triton._splits(rounds, most)
+            allowed = max(1, min(most, -(-rounds // kvshare_triton.LEAST), kvshare_triton.MOST))
+            assert 1 <= splits <= allowed
+            assert -(-rounds // splits) == -(-rounds // allowed)
+
+
 @pytest.mark.parametrize("splits", [1, 3, 20])
 def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     for name in ("one head", "sinks"):

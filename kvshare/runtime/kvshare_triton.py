@@ -69,6 +69,12 @@ def _power(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def _splits(rounds: int, most: int) -> int:
+    """Into how many programs the rounds of a head are split: as few as make the longest as short as `most` would."""
+    most = max(1, min(most, _parts(rounds, LEAST), MOST))
+    return _parts(rounds, _parts(rounds, most))
+
+
 @functools.cache
 def _processors(device: torch.device) -> int:
     return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -173,7 +179,7 @@ def attend_on_gpu(
     tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
-    splits = max(1, min(PROGRAMS * _processors(query.device) // (blocks * batch * heads), _parts(rounds, LEAST), MOST))
+    splits = _splits(rounds, PROGRAMS * _processors(query.device) // (blocks * batch * heads))
     query, shared = in_rows(query), in_rows(shared)
     words = _in_words(shared, pairs, head_dim, adjacent) if kind else None
     shared = shared if words is None else words
