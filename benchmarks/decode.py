@@ -2,10 +2,12 @@
 
     python benchmarks/decode.py [--contexts 1024 8192 32768] [--batch-sizes 1 8] [--dtypes float32 bfloat16] [--json FILE]
     python benchmarks/decode.py --bits 16 8 4                # the shared cache in fewer bits, too
+    python benchmarks/decode.py --shapes Qwen2.5-7B          # whose keys have a bias
+    python benchmarks/decode.py --new-tokens 4               # of several new tokens at once; on a GPU of any number
     python benchmarks/decode.py --models                     # a step of whole models, random weights
 
-Runs on the GPU if there is one. Native is what transformers' sdpa attention does for one new token: keys that were rotated when
-they came in, and values, in stock scaled_dot_product_attention. Packed is stock attention with the query heads of a KV head as its
+Runs on the GPU if there is one. Native is what transformers' sdpa attention does for new tokens: keys that were rotated when they
+came in, and values, in stock scaled_dot_product_attention. Packed is stock attention with the query heads of a KV head as its
 tokens: the same sum, and the fastest that stock torch has. Shared is the kernel that the runtime chooses. All read what is cached
 for a whole layer; projections are the same in all and are left out. Errors: of what is written into memory that held NaN, against
 `runtime.reference`, relative in the Euclidean norm, of the first row of a batch.
@@ -50,20 +52,24 @@ AWAY = 1 << 29  # bytes of caches after which none of the first is left on the c
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model's attention; `norm`: keys pass a norm of each head, which natively happens when they come in."""
+    """Of a model's attention; `norm`: keys pass a norm of each head, `bias`: one is added to them, natively when they come in."""
 
     name: str
     queries: int
     heads: int
     head_dim: int
-    norm: bool
+    norm: bool = False
+    bias: bool = False
 
 
 SHAPES = (
-    Shape("Llama-3.2-1B", 32, 8, 64, False),
-    Shape("Qwen3-4B", 32, 8, 128, True),
-    Shape("32 heads of 128", 32, 32, 128, False),
+    Shape("Llama-3.2-1B", 32, 8, 64),
+    Shape("Qwen3-4B", 32, 8, 128, norm=True),
+    Shape("Qwen2.5-7B", 28, 4, 128, bias=True),
+    Shape("32 heads of 128", 32, 32, 128),
 )
+MANY = 8  # new tokens; for more than these, tables have each slot of its own
+CHECKED = 16  # of the new tokens, the last: scores of all would take gigabytes in float64
 
 
 @dataclass(frozen=True)
@@ -118,10 +124,15 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def copies(numbers: Tensor) -> int:
+    """How many caches steps go through: on a GPU so many that none of them stays on the chip."""
+    return 1 if numbers.device.type == "cpu" else -(-AWAY // (numbers.numel() * numbers.element_size()))
+
+
 def prepare(
-    shape: Shape, batch: int, context: int, dtype: torch.dtype, bits: int, device: torch.device
+    shape: Shape, batch: int, context: int, dtype: torch.dtype, bits: int, device: torch.device, new: int = 1
 ) -> tuple[dict[str, list[Step]], float]:
-    """The steps by name, on each of as many caches as it takes, and the error of the shared one."""
+    """The steps by name, of the last `new` tokens on each of as many caches as it takes, and the error of the shared one."""
     generator = torch.Generator(device).manual_seed(context + batch)
     shared = torch.randn(batch, shape.heads, context, shape.head_dim, generator=generator, device=device).to(dtype)
     channels = None
@@ -133,13 +144,16 @@ def prepare(
     positions = torch.arange(context, device=device)
     angles = positions[:, None].double() * frequencies
     norm = torch.rand(shape.head_dim, generator=generator, device=device) + 0.5 if shape.norm else None
+    bias = 3 * torch.randn(shape.heads, 1, shape.head_dim, generator=generator, device=device) if shape.bias else None
     key = torch.empty_like(shared)
     for row in range(batch):  # a row at a time: this is float64
-        normed = shared[row].double()
+        normed = shared[row].double() + (0 if bias is None else bias)
         if norm is not None:
             normed = normed * (normed.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
         key[row] = rotated(normed, angles, False)
-    query = torch.randn(batch, shape.queries, 1, shape.head_dim, generator=generator, device=device).to(dtype)
+    query = torch.randn(batch, shape.queries, new, shape.head_dim, generator=generator, device=device).to(dtype)
+    mask = torch.ones(new, context, dtype=torch.bool, device=device).tril(context - new)[None, None] if new > 1 else None
+    rows_mask = None if mask is None else mask.repeat(1, 1, shape.queries // shape.heads, 1)
     module, scaling = Native(shape.queries // shape.heads), shape.head_dim**-0.5
     tile = kvshare_cpu.TILE
     if device.type == "cpu":
@@ -148,27 +162,31 @@ def prepare(
         from kvshare.runtime import kvshare_triton
 
         attend = kvshare_triton.attend_on_gpu
-    known = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
-    given: dict[str, Any] = dict.fromkeys(("mask", "softcap", "sinks")) | with_biases(channels, None, None)
+    known: Any = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
+    if new > MANY:
+        known = tables(positions[None], frequencies)
+    given: dict[str, Any] = dict.fromkeys(("softcap", "sinks")) | with_biases(channels, bias, None)
     given |= {"scaling": scaling, "adjacent": False, "norm": norm, "eps": 1e-6}
+    given |= {"mask": mask} if device.type == "cpu" else {"mask": None, "causal": new > 1}
 
     def native(key: Tensor, value: Tensor) -> Tensor:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)[0]
+        return sdpa_attention_forward(module, query, key, value, mask if new < context else None, scaling=scaling)[0]
 
     def packed(key: Tensor, value: Tensor) -> Tensor:
         rows = query.view(batch, shape.heads, -1, shape.head_dim)
-        return torch.nn.functional.scaled_dot_product_attention(rows, key, value, scale=scaling)
+        return torch.nn.functional.scaled_dot_product_attention(rows, key, value, rows_mask, scale=scaling)
 
     def step(numbers: Tensor, scales: Tensor | None) -> Tensor:
         return attend(query, numbers, known, scales=None if scales is None else scales[..., 0], **given).to(dtype)
 
     cached = numbers[:1] if scales is None else dequantise(numbers[:1], scales[:1], torch.float64, channels)
-    expected = shared_attention(query[:1], cached, angles[None], scaling=scaling, norm=norm, eps=1e-6)
+    of_keys: dict[str, Any] = {"norm": norm, "eps": 1e-6, "key_bias": None if bias is None else bias[:, 0]}
+    last = None if mask is None else mask[:, :, -CHECKED:]
+    expected = shared_attention(query[:1, :, -CHECKED:], cached, angles[None], scaling=scaling, mask=last, **of_keys)
     with poisoned():
-        error = float((step(numbers, scales)[:1].double() - expected).norm() / expected.norm())
+        error = float((step(numbers, scales)[:1, -CHECKED:].double() - expected).norm() / expected.norm())
     steps: dict[str, list[Step]] = {name: [] for name in NAMES}
-    copies = 1 if device.type == "cpu" else -(-AWAY // (numbers.numel() * numbers.element_size()))
-    for copy in range(copies):
+    for copy in range(copies(numbers)):
         k, v = (key, shared) if device.type == "cpu" else (key.clone(), shared.clone())
         n, s = (numbers, scales) if not copy else (numbers.clone(), None if scales is None else scales.clone())
         steps["native"].append(partial(native, k, v))
@@ -243,7 +261,7 @@ def measure(
     shape: Shape, batch: int, context: int, dtype: torch.dtype, bits: int, device: torch.device, rate: float, options: Any
 ) -> Row:
     """All steps in turns."""
-    steps, error = prepare(shape, batch, context, dtype, bits, device)
+    steps, error = prepare(shape, batch, context, dtype, bits, device, options.new_tokens)
     times = in_turns({name: timer(work, device) for name, work in steps.items()}, options.pairs, options.seconds)
     numbers = batch * shape.heads * context * shape.head_dim
     native = 2 * numbers * dtype.itemsize
@@ -425,7 +443,8 @@ def main() -> None:
     parser.add_argument(
         "--bits", type=int, nargs="+", choices=(16, 8, 4), default=[16], help="of the shared cache; 16: the dtype's"
     )
-    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
+    parser.add_argument("--new-tokens", type=int, default=1, help=f"of a step; more than {MANY} on a GPU alone")
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES if not shape.bias])
     parser.add_argument("--models", action="store_true", help="measure whole models, and no single steps")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a row that takes longer, with fewer pairs")
@@ -436,6 +455,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a property of the module
     device = best_device()
+    if not 1 <= given.new_tokens <= (MANY if device.type == "cpu" else min(given.contexts)):
+        parser.error("--new-tokens: a step has one or more, no more than are cached, and on the CPU no more than the kernel takes")
     rate = copy_rate(device) if device.type == "cuda" else 0.0
     named = torch.cuda.get_device_name(device) if rate else f"{given.threads} threads, {kvshare_cpu.compiler()}"
     print(f"{named}, torch {torch.__version__}" + (f", a copy moves {rate / 1e9:.0f} GB/s" if rate else ""))

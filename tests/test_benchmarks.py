@@ -61,5 +61,8 @@ def test_decoding_steps_are_timed(run: Any, capsys: pytest.CaptureFixture[str]) 
     given = ["--contexts", "64", "--batch-sizes", "1", "--dtypes", "bfloat16", "--threads", "1"]
     run("decode", *given, "--pairs", "2", "--bits", "16", "8", "--shapes", "Qwen3-4B")
     assert capsys.readouterr().out.count("| Qwen3-4B |") == 2
+    run("decode", *given, "--pairs", "2", "--shapes", "Qwen2.5-7B", "--new-tokens", "2")
+    *_, error, _, _ = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert 0 < float(error) < 1e-2
     run("rotated", *given, "--rounds", "2")
     assert "| 64 |" in capsys.readouterr().out
