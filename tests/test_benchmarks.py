@@ -52,9 +52,13 @@ def test_quality_and_healing_measure(
 
 def test_seeds_are_tabled_without_a_source_trained_as_long(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = {"perplexity": 54.0, "perplexity_increase": 0.01, "kl": 0.02, "cache_reduction": 0.5, "curve": []}
-    (tmp_path / "healing.json").write_text(json.dumps({f"kl 8 seed {seed}": entry for seed in (0, 1)}))
+    entries = {f"{way} 8 seed {seed}": entry for way in ("kl", "mixed") for seed in (0, 1)}
+    entries |= {f"more mixed training seed {seed}": entry | {"perplexity": 53.0 + seed} for seed in (0, 1)}
+    (tmp_path / "healing.json").write_text(json.dumps(entries))
     run("healing", "--train-data", "x", "--eval-data", "x", "--out", str(tmp_path), "--heads", "4", "--table")
-    assert "| kl 8 | 50.00% | +1.00% ± 0.00% | – | 0.0200 ± 0.0000 | – |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| kl 8 | 50.00% | +1.00% ± 0.00% | – | +1.00% ± 0.00% | 0.0200 ± 0.0000 | – |" in shown
+    assert "| mixed 8 | 50.00% | +1.00% ± 0.00% | – | +0.93% ± 0.00% | 0.0200 ± 0.0000 | – |" in shown
 
 
 def test_decoding_steps_are_timed(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
