@@ -111,7 +111,8 @@ def main() -> None:
 
     ways = ("native", "packed", "shared", "rotated, kernel", "rotated, stock", "rotated, packed")
     header("shape", "dtype", "batch", "cached", *ways, "shared / rotated, kernel", "error")
-    for shape, dtype, batch, context in product(SHAPES, given.dtypes, given.batch_sizes, given.contexts):
+    unbiased = [shape for shape in SHAPES if not shape.bias]  # the rotated form has biases in what it caches
+    for shape, dtype, batch, context in product(unbiased, given.dtypes, given.batch_sizes, given.contexts):
         kind = getattr(torch, dtype)
         steps, _ = prepare(shape, batch, context, kind, 16, device)
         more, error = rotated_steps(shape, batch, context, kind, device)

@@ -161,9 +161,9 @@ def attend_kernel(
         if SIZES:
             q3 = q3.to(tl.float32) * size3[:, None]
     q3 = factor(q3, kind, WIDE)
-    if NORM and PACKED and KEY_BIAS:
+    if NORM and PACKED and KEY_BIAS:  # what squares of keys hold of biases: their own, and twice their products with the rest
         near1, near2 = bias1.to(kind).to(tl.float32), bias2.to(kind).to(tl.float32)
-        least = tl.sum(near1 * near1 + near2 * near2, 0)
+        alone = tl.sum(near1 * near1 + near2 * near2, 0)
         twice1, twice2 = (2 * near1[:, None] * ones).to(kind), (2 * near2[:, None] * ones).to(kind)
     if KEY_BIAS:
         bias1, bias2, bias3 = bias1[None, :], bias2[None, :], bias3[None, :]
@@ -225,7 +225,7 @@ def attend_kernel(
             r1, r2 = turned(q1.to(tl.float32), q2.to(tl.float32), cosine, sine, cosine, sine)
         r1, r2 = factor(r1, kind, WIDE), factor(r2, kind, WIDE)
         score = tl.zeros((N, M), tl.float32)
-        if KEY_BIAS and not TABLED:  # of all parts: their queries differ, not where slots lie in them
+        if KEY_BIAS and not TABLED:  # the same for all parts: in each, biases turn by where slots lie in it
             added_up = tl.zeros((N, M), tl.float32)
             if PAIRS > 0:
                 added_up = tl.dot(ahead1, r1, added_up, input_precision="ieee")
@@ -261,13 +261,13 @@ def attend_kernel(
                 rounded = scale if T == 1 else tl.where(part[None, :] == t, scale, rounded)
             if (TABLED or NORM) and SIZES:
                 w1, w2, w3 = w1 * size1, w2 * size2, w3 * size3
-            if NORM and PACKED:  # of scale * w + bias, summed by the unit for products: the sums lie as scores do
+            if NORM and PACKED:  # |scale w + bias|^2, summed by the unit for products: the sums lie as scores do
                 energy = tl.dot(w1 * w1 + w2 * w2, ones)
                 if KIND >= 2:
                     energy *= scale * scale
                 if KEY_BIAS:
                     mixed = tl.dot(w2, twice2, tl.dot(w1, twice1))
-                    energy = tl.maximum(energy + (mixed * scale if KIND >= 2 else mixed) + least, 0.0)
+                    energy = tl.maximum(energy + (mixed * scale if KIND >= 2 else mixed) + alone, 0.0)
             elif TABLED or NORM:
                 if KIND >= 2:
                     w1, w2, w3 = w1 * scale, w2 * scale, w3 * scale
