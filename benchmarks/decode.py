@@ -38,6 +38,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Confi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvshare.runtime import kvshare_cpu
+from kvshare.runtime.kvshare_attention import FEW
 from kvshare.runtime.kvshare_bits import dequantise, quantise
 from kvshare.runtime.kvshare_channels import Channels, with_biases
 from kvshare.runtime.modeling_kvshare import shared_class
@@ -68,7 +69,6 @@ SHAPES = (
     Shape("Qwen2.5-7B", 28, 4, 128, bias=True),
     Shape("32 heads of 128", 32, 32, 128),
 )
-MANY = 8  # new tokens; for more than these, tables have each slot of its own
 CHECKED = 16  # of the new tokens, the last: scores of all would take gigabytes in float64
 
 
@@ -124,6 +124,15 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def kernel_of(device: torch.device) -> Callable[..., Tensor]:
+    """What attends to a shared cache on a device."""
+    if device.type == "cpu":
+        return kvshare_cpu.decode_on_cpu
+    from kvshare.runtime import kvshare_triton  # triton is not everywhere
+
+    return kvshare_triton.attend_on_gpu
+
+
 def copies(numbers: Tensor) -> int:
     """How many caches steps go through: on a GPU so many that none of them stays on the chip."""
     return 1 if numbers.device.type == "cpu" else -(-AWAY // (numbers.numel() * numbers.element_size()))
@@ -155,16 +164,10 @@ def prepare(
     mask = torch.ones(new, context, dtype=torch.bool, device=device).tril(context - new)[None, None] if new > 1 else None
     rows_mask = None if mask is None else mask.repeat(1, 1, shape.queries // shape.heads, 1)
     module, scaling = Native(shape.queries // shape.heads), shape.head_dim**-0.5
-    tile = kvshare_cpu.TILE
-    if device.type == "cpu":
-        attend = kvshare_cpu.decode_on_cpu
-    else:
-        from kvshare.runtime import kvshare_triton
-
-        attend = kvshare_triton.attend_on_gpu
-    known: Any = tables(positions[None, ::tile], frequencies), tables(positions[:tile], frequencies)
-    if new > MANY:
-        known = tables(positions[None], frequencies)
+    tile, attend = kvshare_cpu.TILE, kernel_of(device)
+    known: Any = tables(positions[None], frequencies)  # of every slot; for few new tokens, of tiles and within one
+    if new <= FEW:
+        known = known[:, ::tile].contiguous(), known[0, :tile]
     given: dict[str, Any] = dict.fromkeys(("softcap", "sinks")) | with_biases(channels, bias, None)
     given |= {"scaling": scaling, "adjacent": False, "norm": norm, "eps": 1e-6}
     given |= {"mask": mask} if device.type == "cpu" else {"mask": None, "causal": new > 1}
@@ -195,15 +198,15 @@ def prepare(
     return steps, error
 
 
-def timer(work: list[Step], device: torch.device) -> Callable[[], float]:
-    """Runs all steps and returns the seconds of one; on a GPU, as a graph."""
+def timer(work: list[Step], device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """Runs all steps and returns the seconds of one, on the CPU by `clock`, on a GPU as a graph, by its own."""
     if device.type == "cpu":
 
         def clocked() -> float:
-            begin = time.perf_counter()
+            begin = clock()
             for step in work:
                 step()
-            return (time.perf_counter() - begin) / len(work)
+            return (clock() - begin) / len(work)
 
         clocked()
         return clocked
@@ -443,7 +446,7 @@ def main() -> None:
     parser.add_argument(
         "--bits", type=int, nargs="+", choices=(16, 8, 4), default=[16], help="of the shared cache; 16: the dtype's"
     )
-    parser.add_argument("--new-tokens", type=int, default=1, help=f"of a step; more than {MANY} on a GPU alone")
+    parser.add_argument("--new-tokens", type=int, default=1, help=f"of a step; more than {FEW} on a GPU alone")
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES if not shape.bias])
     parser.add_argument("--models", action="store_true", help="measure whole models, and no single steps")
     parser.add_argument("--pairs", type=int, default=30)
@@ -455,7 +458,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a property of the module
     device = best_device()
-    if not 1 <= given.new_tokens <= (MANY if device.type == "cpu" else min(given.contexts)):
+    if not 1 <= given.new_tokens <= (FEW if device.type == "cpu" else min(given.contexts)):
         parser.error("--new-tokens: a step has one or more, no more than are cached, and on the CPU no more than the kernel takes")
     rate = copy_rate(device) if device.type == "cuda" else 0.0
     named = torch.cuda.get_device_name(device) if rate else f"{given.threads} threads, {kvshare_cpu.compiler()}"

@@ -15,17 +15,15 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from decode import SHAPES, Native, Shape, Step, copies, header, in_turns, prepare, ratio, show, tables, timer
+from decode import SHAPES, Native, Shape, Step, copies, header, in_turns, kernel_of, prepare, ratio, show, tables, timer
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvshare.runtime import kvshare_cpu
 from kvshare.runtime.reference import rotated, rotated_attention
 from kvshare.tensors import best_device
 
@@ -52,12 +50,7 @@ def rotated_steps(
         first, second = x.chunk(2, -1)
         return x * cosine - torch.cat([-second, first], -1) * sine
 
-    if device.type == "cpu":
-        attend = kvshare_cpu.decode_on_cpu
-    else:
-        from kvshare.runtime import kvshare_triton
-
-        attend = kvshare_triton.attend_on_gpu
+    attend = kernel_of(device)
 
     def kernel(key: Tensor) -> Tensor:
         given: dict[str, Any] = {"mask": None, "key_bias": None, "value_bias": None, "norm": None, "softcap": None, "sinks": None}
@@ -92,22 +85,12 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = best_device()
+    if given.processor_time and device.type != "cpu":
+        parser.error("--processor-time is of the CPU: leave it out, or hide the GPU")
+    clock = time.process_time if given.processor_time else time.perf_counter
     unit = "ms of processor time" if given.processor_time else "ms"
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{given.threads} threads"
     print(f"{named}, torch {torch.__version__}, medians of {given.rounds} runs in turns, {unit}")
-
-    def clocked(work: list[Step]) -> Callable[[], float]:
-        if not given.processor_time:
-            return timer(work, device)
-
-        def run() -> float:
-            begin = time.process_time()
-            for step in work:
-                step()
-            return (time.process_time() - begin) / len(work)
-
-        run()
-        return run
 
     ways = ("native", "packed", "shared", "rotated, kernel", "rotated, stock", "rotated, packed")
     header("shape", "dtype", "batch", "cached", *ways, "shared / rotated, kernel", "error")
@@ -116,7 +99,7 @@ def main() -> None:
         kind = getattr(torch, dtype)
         steps, _ = prepare(shape, batch, context, kind, 16, device)
         more, error = rotated_steps(shape, batch, context, kind, device)
-        times = in_turns({name: clocked(work) for name, work in (steps | more).items()}, given.rounds, math.inf)
+        times = in_turns({name: timer(work, device, clock) for name, work in (steps | more).items()}, given.rounds, math.inf)
         medians = [f"{1e3 * statistics.median(times[name]):.3g}" for name in ways]
         show(shape.name, dtype, batch, context, *medians, ratio(times, "shared", "rotated, kernel"), f"{error:.1e}")
 

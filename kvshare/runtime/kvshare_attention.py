@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
 class Norm(NamedTuple):
     """A root mean square norm of each key head: it multiplies by its weight plus `offset`."""
 
-    offset: int
+    offset: float
     eps: float
 
 
@@ -118,7 +118,7 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
         return None
     x = torch.linspace(-1, 2, head_dim, device=weight.device).to(weight.dtype)
     found, plain = norm(x).float(), x.float() * (x.float().square().mean() + eps).rsqrt()
-    for offset in (0, 1):
+    for offset in (0.0, 1.0):
         if torch.allclose(found, plain * (weight.float() + offset), rtol=0.02, atol=1e-3):
             return Norm(offset, float(eps))
     return None
@@ -386,7 +386,7 @@ def attend(
         **with_biases(None if scales is None else attention.kvshare_channels, key_bias, value_bias),
         "norm": None if norm is None else first_of(attention, KEY_NORMS).weight,
         "eps": 0.0 if norm is None else norm.eps,
-        "norm_offset": 0.0 if norm is None else float(norm.offset),
+        "norm_offset": 0.0 if norm is None else norm.offset,
         "softcap": arguments.get("softcap"),
         "sinks": sinks,
     }

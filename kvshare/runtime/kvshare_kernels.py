@@ -273,9 +273,10 @@ def attend_kernel(
                     w1, w2, w3 = w1 * scale, w2 * scale, w3 * scale
                 if KEY_BIAS:
                     w1, w2, w3 = w1 + bias1, w2 + bias2, w3 + bias3
-                energy = tl.sum(w1 * w1 + w2 * w2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
-                if 2 * PAIRS < D:
-                    energy += tl.sum(w3 * w3, 1)[:, None]
+                if NORM:
+                    energy = tl.sum(w1 * w1 + w2 * w2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
+                    if 2 * PAIRS < D:
+                        energy += tl.sum(w3 * w3, 1)[:, None]
             if TABLED:
                 inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
                 live = there[:, None] & pairs[None, :]

@@ -41,9 +41,9 @@ def turned(first, second, cosine1, sine1, cosine2, sine2):
 
 
 @triton.jit
-def summed(sums, numbers, weight, kind, WIDE: tl.constexpr):
+def summed(sums, tile, weight, kind, WIDE: tl.constexpr):
     """Weighted sums, (rows, columns), with the numbers of a part, (slots, columns)."""
-    return tl.dot(tl.trans(weight), factor(numbers, kind, WIDE), sums, input_precision="ieee")
+    return tl.dot(tl.trans(weight), factor(tile, kind, WIDE), sums, input_precision="ieee")
 
 
 @triton.jit
