@@ -146,7 +146,6 @@ def test_machine_code_makes_numbers_of_bytes(dtype: torch.dtype) -> None:
 
 
 def test_channels_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvshare_triton, "PROGRAMS", 2)
     monkeypatch.setattr(kvshare_triton, "LEAST", 1)
     arguments, expected = case("llama", tile=64, bits=4, unlike=True)
     assert error(attended(arguments), expected) < 1e-5
@@ -168,7 +167,6 @@ def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, splits: int) -> N
     for name in ("one head", "sinks"):
         arguments, expected = case(name, tile=64)
         monkeypatch.setattr(kvshare_triton, "_processors", lambda device: splits)
-        monkeypatch.setattr(kvshare_triton, "PROGRAMS", 2)
         monkeypatch.setattr(kvshare_triton, "LEAST", 1)
         assert error(attended(arguments), expected) < 1e-5
 
@@ -247,7 +245,7 @@ floats |= dict.fromkeys(("scaling", "eps", "norm_offset", "softcap"), "fp32") | 
 every = dict.fromkeys(("ADJACENT", "TABLED", "CAUSAL", "KEY_BIAS", "VALUE_BIAS", "NORM", "CAP", "SINKS"), True)
 flags = dict.fromkeys((*every, "SIZES", "OVERLAP", "WIDE", "PACKED", "WORDS"), False)
 decode = {"D": 64, "PAIRS": 32, "GROUP": 4, "KIND": 0, "MASK": 0, "SPLIT": True, "M": 8, "P": 32, "R": 16}
-decode |= {"N": 16, "T": 2, "TILE": 32, "LINES": 32}
+decode |= {"N": 16, "T": 2, "TILE": 32, "LINES": 32, "shared_t": 64}
 wide = {"D": 128, "PAIRS": 64, "P": 64}
 channels = {"KEY_BIAS": True, "VALUE_BIAS": True, "SIZES": True, "PACKED": 2}
 for capability, dtype, more in (

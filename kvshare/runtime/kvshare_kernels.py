@@ -21,10 +21,24 @@ except ImportError as error:  # whoever chooses this file asks first
     raise ImportError("the kernels for GPUs need triton: pip install triton, or set KVSHARE_ATTENTION=eager") from error
 
 from .kvshare_splits import LOG2E, NONE
-from .kvshare_tiles import across, factor, halves, joined, numbers, prefetch, summed, turned, turned_in_pairs
+from .kvshare_tiles import (
+    across,
+    factor,
+    halves,
+    held,
+    joined,
+    numbers,
+    prefetch,
+    scales_of,
+    summed,
+    turned,
+    turned_back,
+    turned_in_pairs,
+)
 
 
-@triton.jit
+# These grow with the cache: whether 16 divides them makes no faster kernel, but would make another one.
+@triton.jit(do_not_specialize=["slots", "splits", "scale_b", "scale_h", "mask_b", "mask_t"])
 def attend_kernel(
     query,
     shared,
@@ -44,7 +58,7 @@ def attend_kernel(
     query_t,
     shared_b,
     shared_h,
-    shared_t,
+    shared_t: tl.constexpr,
     scale_b,
     scale_h,
     scale_t,
@@ -103,8 +117,9 @@ def attend_kernel(
     begin_s = shared + b * shared_b + h * shared_h
     rounds = tl.cdiv(slots, N * T)
     lowest, highest = rounds * split // splits, rounds * (split + 1) // splits
-    if PACKED == 2 and KIND == 0:  # while queries and tables are made ready
-        prefetch(begin_s, shared_t, lowest * N * T, slots, D, LINES)
+    if PACKED == 2:  # while queries and tables are made ready
+        width: tl.constexpr = D // (KIND - 1 if KIND else 1) // (4 if WORDS else 1)
+        prefetch(begin_s, shared_t, lowest * N * T, slots, width, LINES)
     column = tl.arange(0, M)
     part = column // W
     row = tl.program_id(0) * M + column % W
@@ -179,23 +194,26 @@ def attend_kernel(
         if SIZES:
             cosine1, sine1, cosine2, sine2 = cosine1 * size1, sine1 * size1, cosine2 * size2, sine2 * size2
         if PACKED:
-            cosine1, sine1, cosine2, sine2 = cosine1.to(kind), sine1.to(kind), cosine2.to(kind), -sine2.to(kind)
+            cosine1, sine1, cosine2, against2 = cosine1.to(kind), sine1.to(kind), cosine2.to(kind), -sine2.to(kind)
             # a product with 1 gives tables the layout of products, and with them keys, which then pass no shared memory
             same = (tl.arange(0, N)[:, None] == tl.arange(0, N)[None, :]).to(kind)
-            cosine1, sine1, sine2 = tl.dot(same, cosine1).to(kind), tl.dot(same, sine1).to(kind), tl.dot(same, sine2).to(kind)
+            cosine1, sine1, against2 = tl.dot(same, cosine1).to(kind), tl.dot(same, sine1).to(kind), tl.dot(same, against2).to(kind)
             cosine2 = tl.dot(same, cosine2).to(kind) if NORM or SIZES else cosine1
             if KEY_BIAS:
                 ahead1, ahead2 = tl.dot(same, ahead1).to(kind), tl.dot(same, ahead2).to(kind)
             if WORDS:
                 like = tl.dot(same, (inside[:, None] + word[None, :]).to(kind)).to(kind)
         if T > 1:  # queries of a part are turned back by where it begins among the parts
-            q1, q2 = turned(q1.to(tl.float32), q2.to(tl.float32), turn, -over, turn, -over)
+            q1, q2 = turned_back(q1.to(tl.float32), q2.to(tl.float32), turn, over)
     if PACKED and SIZES:
         size1, size2 = size1.to(kind), size2.to(kind)
 
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
-    sum1, sum2, sum3 = tl.zeros((M, P), tl.float32), tl.zeros((M, P), tl.float32), tl.zeros((M, R), tl.float32)
+    # Of words, sums lie as scores do, columns of both being rows: that takes half the registers. But what is read to be used as it
+    # is would then not be read ahead.
+    sum1 = tl.zeros((P, M) if WORDS else (M, P), tl.float32)
+    sum2, sum3 = sum1, tl.zeros((M, R), tl.float32)
 
     if CAUSAL:  # the last query sees all slots
         last = slots - 1 - (rows - 1) // GROUP + tl.minimum(tl.program_id(0) * M + M, rows) // GROUP
@@ -211,18 +229,20 @@ def attend_kernel(
             high = tl.where(any_seen, index + 1, high)
         lowest, highest = low, high
 
+    if KIND >= 2:  # scales are read a round before they are needed
+        begin_c = scales + b * scale_b + h * scale_h
+        coming = scales_of(begin_c, scale_t, lowest * T + part, inside, slots, N)
+
     for index in range(lowest, highest):
         r1, r2 = q1, q2
         if PAIRS > 0 and not TABLED:
             start = cosines + b * table_b + index * N * T // TILE * 2 * PAIRS + pair
-            back = tl.load(start, mask=pairs, other=0.0)
-            aside = -tl.load(start + PAIRS, mask=pairs, other=0.0)
+            cosine, sine = tl.load(start, mask=pairs, other=0.0), tl.load(start + PAIRS, mask=pairs, other=0.0)
             if N * T < TILE:
                 inner = within + index * N * T % TILE * 2 * PAIRS + pair
-                further, apart = tl.load(inner, mask=pairs, other=0.0), -tl.load(inner + PAIRS, mask=pairs, other=0.0)
-                back, aside = turned(back, aside, further, apart, further, apart)
-            cosine, sine = back[:, None], aside[:, None]
-            r1, r2 = turned(q1.to(tl.float32), q2.to(tl.float32), cosine, sine, cosine, sine)
+                further, apart = tl.load(inner, mask=pairs, other=0.0), tl.load(inner + PAIRS, mask=pairs, other=0.0)
+                cosine, sine = turned(cosine, sine, further, apart, further, apart)
+            r1, r2 = turned_back(q1.to(tl.float32), q2.to(tl.float32), cosine[:, None], sine[:, None])
         r1, r2 = factor(r1, kind, WIDE), factor(r2, kind, WIDE)
         score = tl.zeros((N, M), tl.float32)
         if KEY_BIAS and not TABLED:  # the same for all parts: in each, biases turn by where slots lie in it
@@ -232,54 +252,53 @@ def attend_kernel(
                 added_up = tl.dot(ahead2, r2, added_up, input_precision="ieee")
             if 2 * PAIRS < D:
                 added_up += always
-        rounded = tl.full((N, M), 1.0, tl.float32)  # scales of what is cached in few bits
+        if KIND >= 2:
+            rounded, coming = coming.to(tl.float32), scales_of(begin_c, scale_t, index * T + T + part, inside, slots, N)
+        square, mixed = tl.zeros((N, M), tl.float32), tl.zeros((N, M), tl.float32)
         read = ()
         for t in tl.static_range(T):
-            slot = (index * T + t) * N + inside
-            there = slot < slots
-            at = begin_s + tl.cast(shared_t, tl.int64) * (index * T + t) * N + inside * shared_t
+            slot = tl.minimum((index * T + t) * N + inside, slots - 1)  # past the end the last is read again, and given no weight
+            at = begin_s + slot.to(tl.int64) * shared_t
             if WORDS:
-                live = there[:, None] & (word < PAIRS // 4)[None, :]
+                live = (word < PAIRS // 4)[None, :]
                 s1, s2 = halves(at[:, None] + word[None, :], live, like, KIND, PAIRS // 4, PACKED == 2)
                 s3 = tl.zeros((N, R), like.dtype)  # there is no rest
             else:
-                s1 = numbers(at, first, there[:, None] & pairs[None, :], KIND, D // 2)
-                s2 = numbers(at, second, there[:, None] & pairs[None, :], KIND, D // 2)
-                s3 = numbers(at, rest, there[:, None] & rests[None, :], KIND, D // 2)
+                s1 = numbers(at, first, pairs[None, :], KIND, D // 2)
+                s2 = numbers(at, second, pairs[None, :], KIND, D // 2)
+                s3 = numbers(at, rest, rests[None, :], KIND, D // 2)
             v1, v2 = s1, s2
             if WORDS and PACKED == 2:
                 v1, v2 = across(s1, sine1), across(s2, sine1)
+                s1, s2 = held(s1, sine1), held(s2, sine1)
             read = read + (v1, v2, s3)
             if PACKED:
                 k1, k2, k3 = s1.to(kind), s2.to(kind), s3.to(kind)
             else:
                 k1, k2, k3 = s1.to(tl.float32), s2.to(tl.float32), s3.to(tl.float32)
             w1, w2, w3 = k1, k2, k3  # whole keys, where they are needed
-            if KIND >= 2:
-                scale = tl.load(scales + b * scale_b + h * scale_h + slot.to(tl.int64) * scale_t, mask=there, other=0.0)[:, None]
-                scale = scale.to(tl.float32)
-                rounded = scale if T == 1 else tl.where(part[None, :] == t, scale, rounded)
             if (TABLED or NORM) and SIZES:
                 w1, w2, w3 = w1 * size1, w2 * size2, w3 * size3
-            if NORM and PACKED:  # |scale w + bias|^2, summed by the unit for products: the sums lie as scores do
-                energy = tl.dot(w1 * w1 + w2 * w2, ones)
-                if KIND >= 2:
-                    energy *= scale * scale
+            if NORM and PACKED:  # squares are summed by the unit for products: the sums lie as scores do
+                found = tl.dot(w1 * w1 + w2 * w2, ones)
+                square = found if T == 1 else tl.where(part[None, :] == t, found, square)
                 if KEY_BIAS:
-                    mixed = tl.dot(w2, twice2, tl.dot(w1, twice1))
-                    energy = tl.maximum(energy + (mixed * scale if KIND >= 2 else mixed) + alone, 0.0)
+                    found = tl.dot(w2, twice2, tl.dot(w1, twice1))
+                    mixed = found if T == 1 else tl.where(part[None, :] == t, found, mixed)
             elif TABLED or NORM:
                 if KIND >= 2:
+                    scale = tl.load(begin_c + slot.to(tl.int64) * scale_t).to(tl.float32)[:, None]
                     w1, w2, w3 = w1 * scale, w2 * scale, w3 * scale
                 if KEY_BIAS:
                     w1, w2, w3 = w1 + bias1, w2 + bias2, w3 + bias3
                 if NORM:
-                    energy = tl.sum(w1 * w1 + w2 * w2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
+                    found = tl.sum(w1 * w1 + w2 * w2, 1)[:, None] if PAIRS > 0 else tl.zeros((N, 1), tl.float32)
                     if 2 * PAIRS < D:
-                        energy += tl.sum(w3 * w3, 1)[:, None]
+                        found += tl.sum(w3 * w3, 1)[:, None]
+                    square = tl.where(part[None, :] == t, found, square)
             if TABLED:
                 inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
-                live = there[:, None] & pairs[None, :]
+                live = pairs[None, :]
                 cosine = tl.load(inner, mask=live, other=0.0)
                 sine = tl.load(inner + PAIRS, mask=live, other=0.0)
                 if NORM:
@@ -287,7 +306,7 @@ def attend_kernel(
                 k1, k2 = turned(w1, w2, cosine, sine, cosine, sine)
                 k3 = w3
             elif PACKED and PAIRS > 0:
-                k1, k2 = turned_in_pairs(k1, k2, cosine1, sine1, cosine2, sine2, PACKED == 2)
+                k1, k2 = turned_in_pairs(k1, k2, cosine1, sine1, cosine2, against2, PACKED == 2)
             elif PAIRS > 0:
                 k1, k2 = turned(k1, k2, cosine1, sine1, cosine2, sine2)
             product = tl.zeros((N, M), tl.float32)
@@ -296,14 +315,19 @@ def attend_kernel(
                 product = tl.dot(factor(k2, kind, WIDE), r2, product, input_precision="ieee")
             if 2 * PAIRS < D:
                 product = tl.dot(factor(k3, kind, WIDE), q3, product, input_precision="ieee")
-            if not TABLED:
-                if KIND >= 2:
-                    product *= scale
-                if KEY_BIAS:
-                    product += added_up
-            if NORM:
-                product *= tl.rsqrt(energy / D + eps)
             score = product if T == 1 else tl.where(part[None, :] == t, product, score)
+        if not TABLED:
+            if KIND >= 2:
+                score *= rounded
+            if KEY_BIAS:
+                score += added_up
+        if NORM:
+            if PACKED and KIND >= 2:  # of keys, |scale w + bias|^2
+                square *= rounded * rounded
+                mixed *= rounded
+            if PACKED and KEY_BIAS:
+                square = tl.maximum(square + mixed + alone, 0.0)
+            score *= tl.rsqrt(square / D + eps)
         if CAP:
             score *= scaling
             small = tl.exp2(tl.abs(score) * (-2 * LOG2E) / softcap)
@@ -329,17 +353,20 @@ def attend_kernel(
         if KIND >= 2:
             weight *= rounded
         if PAIRS > 0:
-            sum1, sum2 = sum1 * shrink[:, None], sum2 * shrink[:, None]
+            along = shrink[None, :] if WORDS else shrink[:, None]
+            sum1, sum2 = sum1 * along, sum2 * along
         if 2 * PAIRS < D:
             sum3 *= shrink[:, None]
         for t in tl.static_range(T):
             own = factor(weight if T == 1 else tl.where(part[None, :] == t, weight, 0.0), kind, WIDE)
             if PAIRS > 0:
-                sum1 = summed(sum1, read[3 * t], own, kind, WIDE)
-                sum2 = summed(sum2, read[3 * t + 1], own, kind, WIDE)
+                sum1 = summed(sum1, read[3 * t], own, kind, WIDE, WORDS)
+                sum2 = summed(sum2, read[3 * t + 1], own, kind, WIDE, WORDS)
             if 2 * PAIRS < D:
-                sum3 = summed(sum3, read[3 * t + 2], own, kind, WIDE)
+                sum3 = summed(sum3, read[3 * t + 2], own, kind, WIDE, False)
 
+    if WORDS:
+        sum1, sum2 = tl.trans(sum1), tl.trans(sum2)
     if T > 1:  # what the parts found becomes one
         over = tl.max(tl.reshape(most, (T, W)), 0)
         share = tl.exp2(most - tl.reshape(tl.broadcast_to(over[None, :], (T, W)), (M,)))

@@ -18,7 +18,7 @@ NONE = tl.constexpr(-1e30)  # a score that gives no weight
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # one kernel for any number of them
 def join_kernel(
     partial,
     value_bias,

@@ -41,17 +41,37 @@ def turned(first, second, cosine1, sine1, cosine2, sine2):
 
 
 @triton.jit
-def summed(sums, tile, weight, kind, WIDE: tl.constexpr):
-    """Weighted sums, (rows, columns), with the numbers of a part, (slots, columns)."""
-    return tl.dot(tl.trans(weight), factor(tile, kind, WIDE), sums, input_precision="ieee")
+def turned_back(first, second, cosine, sine):
+    """Rope the other way. A negative sine would do, but takes an instruction for each."""
+    return first * cosine + second * sine, second * cosine - first * sine
 
 
 @triton.jit
-def prefetch(begin, step, slot, slots, D: tl.constexpr, LINES: tl.constexpr):
-    """Have lines of 128 bytes brought into the device's cache, from a slot on; numbers have 16 bits."""
-    each: tl.constexpr = max(1, D // 64)
+def summed(sums, tile, weight, kind, WIDE: tl.constexpr, TURNED: tl.constexpr):
+    """Weighted sums, (rows, columns), with the numbers of a part, (slots, columns); TURNED, (columns, rows)."""
+    tile = factor(tile, kind, WIDE)
+    if TURNED:
+        sums = tl.dot(tl.trans(tile), weight, sums, input_precision="ieee")
+    else:
+        sums = tl.dot(tl.trans(weight), tile, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def scales_of(begin, step, part, inside, slots, N: tl.constexpr):
+    """Scales of what is cached in few bits, (slots, columns): of the part of each column."""
+    slot = tl.minimum(part[None, :] * N + inside[:, None], slots - 1)
+    return tl.load(begin + slot.to(tl.int64) * step)
+
+
+@triton.jit
+def prefetch(begin, step, slot, slots, WIDTH: tl.constexpr, LINES: tl.constexpr):
+    """Have lines of 128 bytes brought into the device's cache, from a slot on, of WIDTH elements each."""
+    wide: tl.constexpr = 1024 // begin.dtype.element_ty.primitive_bitwidth  # elements of a line
+    each: tl.constexpr = max(1, WIDTH // wide)
+    skip: tl.constexpr = max(1, wide // WIDTH)
     line = tl.arange(0, LINES)
-    at = begin + tl.minimum(slot + line // each, slots - 1).to(tl.int64) * step + line % each * 64
+    at = begin + tl.minimum(slot + line // each * skip, slots - 1).to(tl.int64) * step + line % each * wide
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1)
 
 
@@ -60,6 +80,12 @@ def joined(x, T: tl.constexpr, W: tl.constexpr):
     """(T * W, columns) summed over T: (W, columns)."""
     P: tl.constexpr = x.shape[1]
     return x if T == 1 else tl.sum(tl.reshape(x, (T, W, P)), 0)
+
+
+@triton.jit
+def held(x, like):
+    """The same numbers, where those of `like` lie."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, like], x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -179,6 +205,6 @@ def across(x, like):
     N: tl.constexpr = x.shape[0]
     P: tl.constexpr = x.shape[1]
     x = tl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r,r", [x, like], x.dtype, is_pure=True, pack=2
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r,r", [x, like], x.dtype, is_pure=False, pack=2
     )
     return tl.reshape(tl.permute(tl.reshape(x, (N // 8, 8, P // 8, 8)), (0, 3, 2, 1)), (N, P))

@@ -22,7 +22,7 @@ from .kvshare_splits import join_kernel
 
 LEAST, MOST = 4, 128  # rounds of a program, and splits of a head: fewer or more are not worth the sums that have to be joined
 LINES = 32  # of 128 bytes that a program asks for before it needs them
-PROGRAMS = 4  # for each processor of the device, at most: tables and queries are made ready in each
+FAST = 30.0  # GB/s of memory for each processor: an H100 has 25, an H200 37
 
 
 def interpreted() -> bool:
@@ -81,6 +81,14 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
+def _fast(device: torch.device) -> bool:
+    """Whether memory gives a processor more than few programs can take in."""
+    properties = None if device.type == "cpu" else torch.cuda.get_device_properties(device)
+    kilohertz, width = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))  # not in every torch
+    return kilohertz * width / 4e6 > FAST * _processors(device)  # two bits a wire and cycle
+
+
+@functools.cache
 def _overlaps(device: torch.device) -> bool:
     """Whether a kernel can be launched while the one before it ends: on NVIDIA's devices from Hopper on."""
     return device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -105,24 +113,30 @@ def _in_words(shared: Tensor, pairs: int, head_dim: int, adjacent: bool) -> Tens
 
 
 class Launch(NamedTuple):
-    """Rows of a block, slots of a part, parts of a round; warps of a program, stages of its loads."""
+    """Rows of a block, slots of a part, parts of a round; warps of a program, stages of its loads; the most programs of a
+    processor, each of which makes tables and queries ready.
+    """
 
     block: int
     part: int
     parts: int
     warps: int
     stages: int
+    programs: int
 
 
-def _launch(head_dim: int, rows: int, packed: bool) -> Launch:
-    """Of what was tried on an H100 for head_dim 64 and 128, the fastest. Wider heads, and keys that are not turned two at a time,
-    take more warps, so that most of what a program holds stays in registers.
+def _launch(head_dim: int, rows: int, packed: bool, busy: bool) -> Launch:
+    """Of what was tried on an H100 and an H200 for head_dim 64 and 128, the fastest. Wider heads, and keys that are not turned two
+    at a time, take more warps, so that most of what a program holds stays in registers. Where programs are `busy`, for integers
+    have to be made numbers or memory is fast, and where a round is one part, two of them share what one would leave idle.
     """
     if rows > 16:
-        return Launch(min(64, _power(rows)), 64, 1, 4 if head_dim <= 64 else 8, 2)
-    block = 8 if rows <= 4 else 16
+        return Launch(min(64, _power(rows)), 64, 1, 4 if head_dim <= 64 else 8, 2, 4)
+    block = 8 if rows <= 8 else 16
+    parts = 2 if 2 * rows <= block else 1
     warps = 4 if head_dim > 128 else 1 if packed or head_dim <= 64 else 2
-    return Launch(block, 16, 2 if 2 * rows <= block else 1, warps, 4 if head_dim <= 64 else 3)
+    many = busy or parts == 1
+    return Launch(block, 16, parts, warps, 4 if head_dim <= 64 and not many else 3, 8 if many else 4)
 
 
 def attend_on_gpu(
@@ -175,11 +189,11 @@ def attend_on_gpu(
     every = tables if isinstance(tables, Tensor) else None if tables is None else tables[0]
     pairs = 0 if every is None else every.shape[-1]
     packed = _packs(query, tabled, pairs, head_dim, norm)
-    launch = _launch(head_dim, rows, packed > 0)
+    launch = _launch(head_dim, rows, packed > 0, kind > 0 or _fast(query.device))
     tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
-    splits = _splits(rounds, PROGRAMS * _processors(query.device) // (blocks * batch * heads))
+    splits = _splits(rounds, launch.programs * _processors(query.device) // (blocks * batch * heads))
     query, shared = in_rows(query), in_rows(shared)
     words = _in_words(shared, pairs, head_dim, adjacent) if kind else None
     shared = shared if words is None else words
