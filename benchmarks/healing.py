@@ -70,6 +70,8 @@ class Options(Texts):
     heads: list[int]
     seeds: int
     heal_tokens: int
+    fit_steps: int | None
+    calibration_tokens: int | None
     speed_tokens: int
     curve_rows: int
     recall: Path | None
@@ -104,7 +106,10 @@ class Bench:
 
     def budgeted(self, budget: float, seed: int) -> Any:
         """A converted model that is not healed, whose layers share as many heads as they bear."""
-        recipe, options = load_recipe("eighth", kv_heads="all", cache_budget=budget), self.options
+        options = self.options
+        longer = {"fit__steps": options.fit_steps, "calibration__tokens": options.calibration_tokens}
+        longer = {name: value for name, value in longer.items() if value}
+        recipe = load_recipe("eighth", kv_heads="all", cache_budget=budget, **longer)
         folder = made(options.model, f"budget-{budget}-{seed}", recipe, seed, options, options.train_data)
         return kvshare.load(folder, dtype=torch.float32).to(self.device)
 
@@ -365,6 +370,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="+", default=[8, 2, 1])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heal-tokens", type=int, default=655_360)
+    parser.add_argument("--fit-steps", type=int, help="of each layer before healing, for a budget, in place of the recipe's")
+    parser.add_argument("--calibration-tokens", type=int, help="for a budget, in place of the recipe's")
     parser.add_argument("--eval-tokens", type=int, default=65_536)
     parser.add_argument("--speed-tokens", type=int, default=65_536)
     parser.add_argument("--curve-rows", type=int, default=32, help="held-out rows for each point of the curves")
