@@ -194,6 +194,7 @@ def attend_on_gpu(
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
     splits = _splits(rounds, launch.programs * _processors(query.device) // (blocks * batch * heads))
+    stages = launch.stages if rounds > 8 * splits else min(launch.stages, 3)  # what is asked for early delays what is needed first
     query, shared = in_rows(query), in_rows(shared)
     words = _in_words(shared, pairs, head_dim, adjacent) if kind else None
     shared = shared if words is None else words
@@ -255,7 +256,7 @@ def attend_on_gpu(
         P=max(16, _power(pairs)),
         R=max(16, _power(head_dim - 2 * pairs)) if 2 * pairs < head_dim else 16,
         num_warps=launch.warps,
-        num_stages=launch.stages,
+        num_stages=stages,
         **launched,
         **options,
     )
