@@ -105,6 +105,33 @@ def _short() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[None]:
+    """For tests that run kernels in triton's interpreter, which makes the language its own anew in every function that a kernel
+    calls, a quarter of its time: once for each module of functions is enough, until the kernel ends and gives it back.
+    """
+    try:
+        from triton.runtime import interpreter as runtime
+    except ImportError:
+        yield
+        return
+    patched: set[int] = set()
+
+    def patch(function: Any) -> Any:
+        scope = runtime._LangPatchScope()
+        if id(function.__globals__) not in patched:
+            patched.add(id(function.__globals__))
+            scope = whole(function)
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    with pytest.MonkeyPatch.context() as context:
+        whole = runtime._patch_lang
+        context.setattr(runtime, "_patch_lang", patch)
+        yield
+
+
 @pytest.fixture
 def thorough() -> Iterator[None]:
     """For tests of how good the closed form is: what others do in short to save time is done as it is."""

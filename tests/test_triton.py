@@ -16,6 +16,7 @@ from kvshare.runtime.reference import rotated, shared_attention
 pytest.importorskip("triton")
 from kvshare.runtime import kvshare_tiles, kvshare_triton
 
+pytestmark = pytest.mark.usefixtures("interpreter")
 UNLIKE = ("as many heads", "norm and bias", "part, side by side", "no rope", "sinks")  # tried with channels, too
 HALVES = ("llama", "norm", "sinks")  # tried in float16, too
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}

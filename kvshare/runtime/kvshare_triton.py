@@ -77,7 +77,7 @@ def _splits(rounds: int, most: int) -> int:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    return 4 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
