@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,11 +164,24 @@ def test_no_more_splits_than_shorten_the_longest() -> None:
             assert -(-rounds // splits) == -(-rounds // allowed)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 20])
-def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+@pytest.mark.parametrize(("kilohertz", "width", "fast"), [(2_619_000, 5_120, False), (3_201_000, 6_144, True), (None, None, False)])
+def test_fast_memory_gets_more_programs(
+    monkeypatch: pytest.MonkeyPatch, kilohertz: int | None, width: int | None, fast: bool
+) -> None:
+    """Of an H100, of an H200, and of a torch that does not know."""
+    clock = {"memory_clock_rate": kilohertz, "memory_bus_width": width} if width else {}
+    properties = SimpleNamespace(multi_processor_count=132, **clock)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(kvshare_triton, "_processors", kvshare_triton._processors.__wrapped__)
+    assert kvshare_triton._fast.__wrapped__(torch.device("cuda", 0)) is fast
+    assert kvshare_triton._launch(64, 4, True, fast).programs == (8 if fast else 4)
+
+
+@pytest.mark.parametrize("processors", [1, 3, 20])
+def test_splits_come_together(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
     for name in ("one head", "sinks"):
         arguments, expected = case(name, tile=64)
-        monkeypatch.setattr(kvshare_triton, "_processors", lambda device: splits)
+        monkeypatch.setattr(kvshare_triton, "_processors", lambda device: processors)
         monkeypatch.setattr(kvshare_triton, "LEAST", 1)
         assert error(attended(arguments), expected) < 1e-5
 

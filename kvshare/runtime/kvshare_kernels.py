@@ -210,8 +210,8 @@ def attend_kernel(
 
     most = tl.full((M,), NONE, tl.float32)
     mass = tl.zeros((M,), tl.float32)
-    # Of words, sums lie as scores do, columns of both being rows: that takes half the registers. But what is read to be used as it
-    # is would then not be read ahead.
+    # Of words, sums lie as scores do, a column for each row: that takes half the registers. Numbers that are used as they are read
+    # would no longer be read ahead.
     sum1 = tl.zeros((P, M) if WORDS else (M, P), tl.float32)
     sum2, sum3 = sum1, tl.zeros((M, R), tl.float32)
 
@@ -270,7 +270,7 @@ def attend_kernel(
             v1, v2 = s1, s2
             if WORDS and PACKED == 2:
                 v1, v2 = across(s1, sine1), across(s2, sine1)
-                s1, s2 = held(s1, sine1), held(s2, sine1)
+                s1, s2 = held(s1, sine1), held(s2, sine1)  # triton up to 3.6 took bytes that are joined for half as wide
             read = read + (v1, v2, s3)
             if PACKED:
                 k1, k2, k3 = s1.to(kind), s2.to(kind), s3.to(kind)
@@ -298,9 +298,8 @@ def attend_kernel(
                     square = tl.where(part[None, :] == t, found, square)
             if TABLED:
                 inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
-                live = pairs[None, :]
-                cosine = tl.load(inner, mask=live, other=0.0)
-                sine = tl.load(inner + PAIRS, mask=live, other=0.0)
+                cosine = tl.load(inner, mask=pairs[None, :], other=0.0)
+                sine = tl.load(inner + PAIRS, mask=pairs[None, :], other=0.0)
                 if NORM:
                     w1, w2 = w1 * norm1, w2 * norm2
                 k1, k2 = turned(w1, w2, cosine, sine, cosine, sine)

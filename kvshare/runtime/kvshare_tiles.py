@@ -84,7 +84,9 @@ def joined(x, T: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def held(x, like):
-    """The same numbers, where those of `like` lie."""
+    """The same numbers, where those of `like` lie. What a compiler finds out of a product's operands, such as the width that they
+    were read in, it looks for no further back than here.
+    """
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, like], x.dtype, is_pure=False, pack=2)
 
 
