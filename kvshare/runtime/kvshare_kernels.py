@@ -208,8 +208,7 @@ def attend_kernel(
     if PACKED and SIZES:
         size1, size2 = size1.to(kind), size2.to(kind)
 
-    most = tl.full((M,), NONE, tl.float32)
-    mass = tl.zeros((M,), tl.float32)
+    most, mass = tl.full((M,), NONE, tl.float32), tl.zeros((M,), tl.float32)
     # Of words, sums lie as scores do, a column for each row: that takes half the registers. Numbers that are used as they are read
     # would no longer be read ahead.
     sum1 = tl.zeros((P, M) if WORDS else (M, P), tl.float32)
@@ -244,7 +243,6 @@ def attend_kernel(
                 cosine, sine = turned(cosine, sine, further, apart, further, apart)
             r1, r2 = turned_back(q1.to(tl.float32), q2.to(tl.float32), cosine[:, None], sine[:, None])
         r1, r2 = factor(r1, kind, WIDE), factor(r2, kind, WIDE)
-        score = tl.zeros((N, M), tl.float32)
         if KEY_BIAS and not TABLED:  # the same for all parts: in each, biases turn by where slots lie in it
             added_up = tl.zeros((N, M), tl.float32)
             if PAIRS > 0:
@@ -254,7 +252,7 @@ def attend_kernel(
                 added_up += always
         if KIND >= 2:
             rounded, coming = coming.to(tl.float32), scales_of(begin_c, scale_t, index * T + T + part, inside, slots, N)
-        square, mixed = tl.zeros((N, M), tl.float32), tl.zeros((N, M), tl.float32)
+        score, square, mixed = tl.zeros((N, M), tl.float32), tl.zeros((N, M), tl.float32), tl.zeros((N, M), tl.float32)
         read = ()
         for t in tl.static_range(T):
             slot = tl.minimum((index * T + t) * N + inside, slots - 1)  # past the end the last is read again, and given no weight
@@ -298,8 +296,7 @@ def attend_kernel(
                     square = tl.where(part[None, :] == t, found, square)
             if TABLED:
                 inner = cosines + b * table_b + slot.to(tl.int64)[:, None] * 2 * PAIRS + pair[None, :]
-                cosine = tl.load(inner, mask=pairs[None, :], other=0.0)
-                sine = tl.load(inner + PAIRS, mask=pairs[None, :], other=0.0)
+                cosine, sine = tl.load(inner, pairs[None, :], other=0.0), tl.load(inner + PAIRS, pairs[None, :], other=0.0)
                 if NORM:
                     w1, w2 = w1 * norm1, w2 * norm2
                 k1, k2 = turned(w1, w2, cosine, sine, cosine, sine)
