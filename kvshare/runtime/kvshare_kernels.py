@@ -268,7 +268,7 @@ def attend_kernel(
             v1, v2 = s1, s2
             if WORDS and PACKED == 2:
                 v1, v2 = across(s1, sine1), across(s2, sine1)
-                s1, s2 = held(s1, sine1), held(s2, sine1)  # triton up to 3.6 took bytes that are joined for half as wide
+                s1, s2 = held(s1, sine1), held(s2, sine1)  # triton 3.6 took bytes that are joined for half as wide
             read = read + (v1, v2, s3)
             if PACKED:
                 k1, k2, k3 = s1.to(kind), s2.to(kind), s3.to(kind)
