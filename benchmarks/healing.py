@@ -20,6 +20,7 @@ Everything is trained by the same loop on the same rows with LoRA of rank 64 on 
 - `more training`: the source on the text alone; K and V are trained as shared projections are;
 - `more mixed training`: the source as `mixed`, the KL to itself;
 - `int8`, `int4`: the source with its cache in so many bits, not trained;
+- `..., cache in 8 bits`: what was healed, through such a cache, by the channels that were taken before healing;
 - `speed`: tokens per second of `kl`, of `cross-entropy` (no teacher), and of the transformers Trainer with PEFT on the source.
 """
 
@@ -38,7 +39,7 @@ from typing import Any
 
 import torch
 import transformers
-from quality import Book, Texts, converted, figures, made, quantised
+from quality import Book, Texts, converted, figures, made, quantised, rounded
 from torch import Tensor, nn
 
 import kvshare
@@ -61,6 +62,7 @@ TEXT_ALONE: dict[str, Any] = {"kl": 0.0, "cross_entropy": 1.0}
 MIXED: dict[str, Any] = {"cross_entropy": 0.3, "learning_rate": 2.5e-4}
 BUDGET = 0.5  # of the source's cache: what half of its bytes buy where layers share unequally
 POINTS = 8  # of the curve, evenly spread
+IN_8_BITS = "cache in 8 bits"
 
 
 class Options(Texts):
@@ -183,8 +185,11 @@ class Bench:
     def healed(self, name: str, student: Any, seed: int, data: str | None = None, **heal: Any) -> dict[str, Any]:
         """The figures of a model that is trained, and how it got there."""
         curve, speed, rate = self.train(name, student, seed, data, **heal)
-        report = compare(student.eval(), self.teacher(), self.held_out, Path(self.options.eval_data).name, self.bytes)
+        student, teacher = student.eval(), self.teacher()
+        report = compare(student, teacher, self.held_out, Path(self.options.eval_data).name, self.bytes)
         values = figures(report) | {"curve": curve, "tokens_per_second": speed, "learning_rate": rate}
+        if any(getattr(module, "kvshare_channels", None) is not None for module in student.modules()):
+            values[IN_8_BITS] = rounded(student, teacher, self.held_out, 8, self.bytes)
         if self.questions:
             values["recall"] = recall(student, self.tokenizer, self.questions)
         return values
@@ -288,6 +293,7 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     """All measurements as Markdown; increases are over the source as it is, over the source that was trained as long on the text
     alone, and over the source that was trained as long by the same loss, which by the KL to itself stays as it is.
     """
+    entries = dict(part for full, entry in entries.items() for part in _rows(full, entry))
     names = list(dict.fromkeys(name.partition(" seed ")[0] for name in entries))
 
     def found(name: str, key: str) -> list[float]:
@@ -329,6 +335,12 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _rows(full: str, entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A measurement and, where it was taken, the same with its cache in 8 bits."""
+    name, seed, number = full.partition(" seed ")
+    return [(full, entry), *((f"{name}, {key}{seed}{number}", entry[key]) for key in (IN_8_BITS,) if key in entry)]
+
+
 def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> None:
     """Perplexity above the source's over tokens, of the first seed of each way, a panel for every number of heads."""
     import matplotlib as mpl
@@ -348,11 +360,14 @@ def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> No
         for axes, count in zip(figure.subplots(1, len(heads), squeeze=False, sharey=True)[0], heads, strict=True):
             lines = {way: (curve(f"{way} {count}"), colour, "-", "o") for way, colour in ways.items()}
             lines["source, trained as long"] = (trained, INK, "--", "")
+            if "int4" in entries:
+                level = trained[0][1] * (1 + entries["int4"]["perplexity_increase"])
+                lines["int4 cache, not trained"] = ([(tokens, level) for tokens, _ in trained], INK, ":", "")
             for label, (points, colour, style, marker) in lines.items():
                 above = [(tokens / 1e3, 100 * (value / trained[0][1] - 1)) for tokens, value in points]
                 if shown := [point for point in above if point[1] > 0]:
                     axes.plot(*zip(*shown, strict=True), color=colour, linestyle=style, marker=marker, label=label)
-            axes.set(yscale="log", xlabel="thousands of tokens", title=f"{count} shared heads")
+            axes.set(yscale="log", xlabel="thousands of tokens", title=f"{count} shared head" + "s" * (count > 1))
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.grid(visible=True)
             if axes.lines:

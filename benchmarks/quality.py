@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from torch import Tensor
 
 import kvshare
 from kvshare.checkpoint import write_json
@@ -162,7 +163,12 @@ def quantised(model: str, folder: Path | None, bits: int, options: Texts) -> dic
     student = source if folder is None else kvshare.load(folder, dtype=torch.float32).to(best_device())
     settings = load_recipe(None, evaluation__data=options.eval_data, evaluation__tokens=options.eval_tokens).evaluation
     rows = evaluation_rows(settings, load_tokenizer(open_source(model).path), source, 0, silent)
-    report = compare_quantised(student, source, rows, bits, stored_bytes(open_source(model).path))
+    return rounded(student, source, rows, bits, stored_bytes(open_source(model).path))
+
+
+def rounded(student: Any, source: Any, rows: Tensor, bits: int, item_bytes: int) -> dict[str, Any]:
+    """Figures of a model with its cache in so many bits; for the arguments see `compare_quantised`."""
+    report = compare_quantised(student, source, rows, bits, item_bytes)
     values = {name: getattr(report, name) for name in FIGURES if name != "source_perplexity"}
     return values | {"source_perplexity": report.perplexity / (1 + report.perplexity_increase)}
 

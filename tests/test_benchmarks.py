@@ -38,11 +38,14 @@ def test_quality_and_healing_measure(
     run("quality", *given, "--only", "^(mean 4 seed 0|int8 cache|budget 0.5 seed 0)$")
     measured = json.loads((tmp_path / "quality.json").read_text())
     assert set(measured) == {"mean 4 seed 0", "int8 cache", "budget 0.5 seed 0"}
-    named = ("more training",)
+    named = ("more training", "svd 4")
     run("healing", *given, "--speed-tokens", "4096", "--curve-rows", "1", "--only", f"^(({'|'.join(named)}) seed 0|speed)$")
     measured = json.loads((tmp_path / "healing.json").read_text())
     assert set(measured) == {*(f"{name} seed 0" for name in named), "speed"}
     assert measured["more training seed 0"]["learning_rate"] > 0
+    rounded = measured["svd 4 seed 0"]["cache in 8 bits"]
+    assert rounded["cache_reduction"] > measured["svd 4 seed 0"]["cache_reduction"]
+    assert rounded["perplexity"] == pytest.approx(measured["svd 4 seed 0"]["perplexity"], rel=0.01)
     capsys.readouterr()
     run("healing", *given, "--table")
     table = capsys.readouterr().out
@@ -52,12 +55,14 @@ def test_quality_and_healing_measure(
 
 def test_seeds_are_tabled_without_a_source_trained_as_long(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = {"perplexity": 54.0, "perplexity_increase": 0.01, "kl": 0.02, "cache_reduction": 0.5, "curve": []}
-    entries = {f"{way} 8 seed {seed}": entry for way in ("kl", "mixed") for seed in (0, 1)}
+    entries = {f"{way} 8 seed {seed}": dict(entry) for way in ("kl", "mixed") for seed in (0, 1)}
+    entries["kl 8 seed 1"] |= {"cache in 8 bits": entry | {"cache_reduction": 0.75}}
     entries |= {f"more mixed training seed {seed}": entry | {"perplexity": 53.0 + seed} for seed in (0, 1)}
     (tmp_path / "healing.json").write_text(json.dumps(entries))
     run("healing", "--train-data", "x", "--eval-data", "x", "--out", str(tmp_path), "--heads", "4", "--table")
     shown = capsys.readouterr().out
     assert "| kl 8 | 50.00% | +1.00% ± 0.00% | – | +1.00% ± 0.00% | 0.0200 ± 0.0000 | – |" in shown
+    assert "| kl 8, cache in 8 bits | 75.00% | +1.00% | – |" in shown
     assert "| mixed 8 | 50.00% | +1.00% ± 0.00% | – | +0.93% ± 0.00% | 0.0200 ± 0.0000 | – |" in shown
 
 
