@@ -370,9 +370,10 @@ def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> No
             axes.set(yscale="log", xlabel="thousands of tokens", title=f"{count} shared head" + "s" * (count > 1))
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
             axes.grid(visible=True)
-            if axes.lines:
-                axes.legend()
         figure.axes[0].set_ylabel("held-out perplexity above the source's")
+        labels = {line.get_label(): line for axes in figure.axes for line in axes.lines}  # a panel may lack some
+        if labels:
+            figure.legend(list(labels.values()), list(map(str, labels)), loc="outside lower center", ncols=len(labels))
         figure.savefig(file)
 
 
