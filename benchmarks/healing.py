@@ -337,8 +337,9 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
 
 def _rows(full: str, entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """A measurement and, where it was taken, the same with its cache in 8 bits."""
-    name, seed, number = full.partition(" seed ")
-    return [(full, entry), *((f"{name}, {key}{seed}{number}", entry[key]) for key in (IN_8_BITS,) if key in entry)]
+    name, _, seed = full.partition(" seed ")
+    rounded_too = [(f"{name}, {IN_8_BITS} seed {seed}", entry[IN_8_BITS])] if IN_8_BITS in entry else []
+    return [(full, entry), *rounded_too]
 
 
 def plot(entries: dict[str, dict[str, Any]], heads: list[int], file: Path) -> None:
