@@ -38,6 +38,7 @@ from kvshare.data import load_rows, load_tokenizer
 from kvshare.loading import load_native
 from kvshare.planning import Plan
 from kvshare.recipe import Recipe
+from kvshare.sections import Calibration
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
 
@@ -60,6 +61,7 @@ TEXT = [
 ]
 # One closed form per layer, for tests that are not about which of several is the best.
 QUICK = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
+BRIEF = QUICK.model_copy(update={"calibration": Calibration(sequence_length=128)})
 
 
 def pytest_sessionfinish() -> None:
@@ -78,7 +80,13 @@ def _frozen() -> None:
     gc.freeze()
 
 
-SHORT = {
+def no_plot(report: dict[str, Any]) -> bytes:
+    """In place of a figure that is drawn: other bytes for another report."""
+    return json.dumps(report, sort_keys=True, default=str).encode()
+
+
+SHORT: dict[str, Any] = {
+    "kvshare.card.draw_plot": no_plot,
     "kvshare.merge.svd.ITERATIONS": 8,
     "kvshare.merge.svd.RESTARTED_ITERATIONS": 5,
     "kvshare.merge.svd.SETTLING": 8,
@@ -100,7 +108,7 @@ def replaced(values: Mapping[str, Any]) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _short() -> Iterator[None]:
-    """The closed form searches for a few steps only, and caches are counted after a few tokens: see `thorough`."""
+    """The closed form searches for a few steps only, caches are counted after a few tokens, nothing is drawn: see `thorough`."""
     with replaced(SHORT):
         yield
 
@@ -134,7 +142,7 @@ def interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def thorough() -> Iterator[None]:
-    """For tests of how good the closed form is: what others do in short to save time is done as it is."""
+    """For tests of how good the closed form is, and of figures: what others do in short to save time is done as it is."""
     with replaced(AS_IS):
         yield
 
@@ -162,6 +170,11 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return get
+
+
+def quick_for(source: Path) -> Recipe:
+    """Rows are short where weights are random: their length says nothing then, and long ones take longer."""
+    return QUICK if source == TINY_FOLDER else BRIEF
 
 
 def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
@@ -354,7 +367,7 @@ def converted_folder(
         return once(
             f"{key}-{kv_heads}-{init}-{form}".replace("/", "of"),
             lambda folder: kvshare.convert(
-                source_folder(key), folder, recipe=QUICK, eval_data=text_file, eval_tokens=1024, **settings
+                source_folder(key), folder, recipe=quick_for(source_folder(key)), eval_data=text_file, eval_tokens=1024, **settings
             ),
         )
 
@@ -388,7 +401,7 @@ def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: st
     text = {"calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 1024}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvshare.conversion.measure_sensitivity", choose)
-        kvshare.convert(source, output, recipe=QUICK, cache_budget=1.0, **{"heal": False, **text, **settings})
+        kvshare.convert(source, output, recipe=quick_for(source), cache_budget=1.0, **{"heal": False, **text, **settings})
 
 
 def mixed_layers(key: str, source_heads: int) -> LayerHeads:

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import pytest
 import yaml
+from conftest import BRIEF
 from PIL import Image
 
 import kvshare
@@ -121,6 +122,7 @@ def test_the_commit_and_another_length_of_rows_are_named(written: tuple[str, dic
     assert "rows of 128 tokens" in card
 
 
+@pytest.mark.usefixtures("thorough")
 def test_weights_that_were_not_measured_have_no_table(written: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
     _, config, report = written
     files = card_files(config, {}, {"heal": {"tokens": 2, "steps": 2, "losses": [[1, 0.5], [2, 0.25]]}})
@@ -156,8 +158,12 @@ def test_licence_language_base_and_data_come_from_what_is_known(tmp_path: Path) 
     assert "base_model" not in card_matter(open_source("kvshare/tiny"))
 
 
-def test_the_figure_is_made_of_the_report_alone_and_always_of_the_same_bytes(converted_folder: Callable[..., Path]) -> None:
-    folder = converted_folder("llama-mha", 4)
+@pytest.mark.usefixtures("thorough")
+def test_the_figure_is_made_of_the_report_alone_and_always_of_the_same_bytes(
+    source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    folder, text = tmp_path / "out", {"calibration": text_file, "calibration_tokens": 1024, "eval_data": text_file}
+    kvshare.convert(source_folder("llama-mha"), folder, kv_heads=4, recipe=BRIEF, eval_tokens=1024, **text)
     report = json.loads((folder / "report.json").read_text())
     stored = (folder / PLOT).read_bytes()
     assert PLOT in json.loads((folder / "kvshare_manifest.json").read_text())["files"]

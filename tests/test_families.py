@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, QUICK, SOURCES, TEXT, TIED_SOURCES, edit_json
+from conftest import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import kvshare
@@ -40,7 +40,7 @@ def forms(
         settings: dict[str, Any] = {} if init == "mean" else {"calibration": text_file, "calibration_tokens": 1024}
         return once(
             f"family-{key}-{init}",
-            lambda folder: kvshare.convert(source_folder(key), folder, recipe=QUICK, init=init, eval_mode="off", **settings),
+            lambda folder: kvshare.convert(source_folder(key), folder, recipe=BRIEF, init=init, eval_mode="off", **settings),
         )
 
     return get
@@ -101,7 +101,7 @@ def test_weights_are_read_and_written_without_loss(source_folder: Callable[[str]
 def test_a_family_with_fewer_heads(
     once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str, key: str
 ) -> None:
-    settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 1024, "eval_mode": "off", "recipe": QUICK}
+    settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 1024, "eval_mode": "off", "recipe": BRIEF}
     folder = once(f"family-{key}-1", lambda folder: kvshare.convert(source_folder(key), folder, kv_heads=1, **settings))
     native, shared = loaded(folder), kvshare.load(folder, dtype=torch.float32)
     ids = torch.arange(100, 140)[None]

@@ -374,11 +374,13 @@ def test_names_are_escaped_and_plots_repeat() -> None:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> tuple[Path, list[Any], subprocess.CompletedProcess[str]]:
+def command(
+    tmp_path_factory: pytest.TempPathFactory, source_folder: Callable[[str], Path], text_file: str
+) -> tuple[Path, list[Any], subprocess.CompletedProcess[str]]:
     """The folder that the installed script wrote, its arguments, and what it printed."""
     output = tmp_path_factory.mktemp("inspect") / "out"
     script = Path(sys.executable).with_name("kvshare")
-    arguments = [script, "inspect", "kvshare/tiny", "-o", output, "--data", text_file, "--tokens", "1024"]
+    arguments = [script, "inspect", source_folder("llama-mha"), "-o", output, "--data", text_file, "--tokens", "1024"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     return output, arguments, subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
 
@@ -390,11 +392,11 @@ def test_the_command_writes_page_figures_and_plots(command: tuple[Path, list[Any
     plots = {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
     assert {file.name for file in output.iterdir()} == {"index.html", "inspection.json", "kvshare_manifest.json", *plots}
     values = json.loads((output / "inspection.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-    assert (values["model"], values["tokens"], values["data"]) == ("kvshare/tiny", 1024, "text.txt")
-    assert [len(layer["heads"]) for layer in values["layers"]] == [8] * 6
+    assert (values["model"], values["tokens"], values["data"]) == (arguments[2].name, 1024, "text.txt")
+    assert [len(layer["heads"]) for layer in values["layers"]] == [8, 8]
     assert all(0 < head["dropped"] < 1 for layer in values["layers"] for head in layer["heads"])
     text = (output / "index.html").read_text(encoding="utf-8")
-    for layer in range(6):
+    for layer in range(2):
         assert f"<summary>Layer {layer}</summary>" in text
     assert not re.search(r"https?://", text)
     for expected in ("dropped", "93.75%", "shared heads by layer", "index.html"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, TINY_FOLDER, Outcome, random_model
+from conftest import BRIEF, QUICK, TINY_FOLDER, Outcome, random_model
 from killing import contents, jobs
 from safetensors.torch import load_file
 
@@ -77,7 +77,7 @@ def test_finished_layers_are_not_merged_again(
     def convert(output: Path) -> kvshare.Conversion:
         settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 1024, "seed": 3}
         return kvshare.convert(
-            source_folder(key), output, recipe=QUICK, eval_mode=mode, eval_data=text_file, eval_tokens=512, **settings
+            source_folder(key), output, recipe=BRIEF, eval_mode=mode, eval_data=text_file, eval_tokens=512, **settings
         )
 
     whole = convert(tmp_path / "whole")

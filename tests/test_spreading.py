@@ -245,6 +245,7 @@ def test_the_plan_says_who_can_share_it(run: Callable[..., Outcome]) -> None:
     assert "one process" not in said
 
 
+@pytest.mark.usefixtures("thorough")
 def test_processes_of_a_launch_give_the_bytes_of_one(tmp_path: Path) -> None:
     """The command itself, in two processes that accelerate has started."""
     source = random_model(tmp_path / "source", "llama")
