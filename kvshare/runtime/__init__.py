@@ -7,6 +7,7 @@ from pathlib import Path
 NAMES = (
     "modeling_kvshare.py",
     "kvshare_attention.py",
+    "kvshare_tables.py",
     "kvshare_bits.py",
     "kvshare_channels.py",
     "kvshare_cpu.py",

@@ -9,6 +9,7 @@ Never: computes something else than the eager form, up to rounding.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .kvshare_channels import with_biases
-from .kvshare_cpu import KINDS, TILE, Made, decode_on_cpu, missing
+from .kvshare_cpu import KINDS, Made, decode_on_cpu, missing
+from .kvshare_tables import Pairs, Tables, by_tiles, every_slot, no_tables, pairs_of
 
 VARIABLE = "KVSHARE_ATTENTION"
 BACKENDS = ("eager", "compiled", "triton")
@@ -32,8 +34,10 @@ LOGGER = logging.getLogger("kvshare.attention")
 
 
 def first_of(module: Any, names: tuple[str, ...]) -> Any:
-    """What a module has under the first of these names that it has; None where it has none."""
-    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    """The part of a module under the first of these names that it has; None where it has none. A step of decoding asks for a few in
+    every layer, and `hasattr` takes its time to say no.
+    """
+    return next((part for name in names if (part := module._modules.get(name)) is not None), None)
 
 
 class Choice(NamedTuple):
@@ -43,71 +47,11 @@ class Choice(NamedTuple):
     reason: str
 
 
-class Pairs(NamedTuple):
-    """How a family rotates: the width that it rotates, whether the two of a pair lie side by side, and the column of the family's
-    tables that holds the angle of each pair.
-    """
-
-    width: int
-    adjacent: bool
-    columns: tuple[int, ...]
-
-
 class Norm(NamedTuple):
     """A root mean square norm of each key head: it multiplies by its weight plus `offset`."""
 
     offset: float
     eps: float
-
-
-def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
-    """The position of every slot that attention will read in `layer`, before the cache takes the new tokens in.
-
-    Counted back from the last query: `generate` gives left padding the position 0, so the first one tells nothing.
-
-    Args:
-        cache: a transformers cache.
-        layer: a layer of the kind whose slots are wanted.
-        position_ids: (batch or 1, new tokens).
-
-    Returns:
-        (batch or 1, slots); slots of padding hold any number, attention masks them.
-    """
-    new = position_ids.shape[-1]
-    slots, offset = cache.get_mask_sizes(new, layer)
-    if slots == new:
-        return position_ids
-    past = cache.get_query_offset(layer) if hasattr(cache, "get_query_offset") else cache.get_seq_length(layer)
-    steps = torch.arange(slots, device=position_ids.device) + offset - past - (new - 1)
-    # The empty tail of a static cache lies beyond the last token; scaled ropes must not see such positions.
-    return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
-
-
-def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:
-    """What a family's rope does to the first `width` numbers of a head, seen on vectors that tell; None: something else than rope.
-
-    Args:
-        rotate: the family's `apply_rotary_pos_emb`.
-        sample: the family's sines at a position, (table width): they tell which columns are of the same angle.
-        width: how many numbers it rotates.
-    """
-    if width % 2:
-        return None
-    columns, numbers = torch.arange(1.0, len(sample) + 1)[None, None], torch.arange(1.0, width + 1)[None, None, None]
-    none, one = torch.zeros_like(columns), torch.ones_like(numbers)
-
-    def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        return rotate(x, x[:, :0], cosine, sine)[0].flatten()
-
-    cosines, sines = turned(one, columns, none), turned(one, none, columns)
-    moved, flat = turned(numbers, none, none + 1), numbers.flatten()
-    half, sample = width // 2, sample.cpu()
-    for adjacent, first, second in ((False, slice(half), slice(half, None)), (True, slice(0, None, 2), slice(1, None, 2))):
-        if torch.equal(moved[first], -flat[second]) and torch.equal(moved[second], flat[first]):
-            used = [found.long() - 1 for found in (cosines[first], cosines[second], -sines[first], sines[second])]
-            if all(torch.equal(sample[found], sample[used[0]]) for found in used):
-                return Pairs(width, adjacent, tuple(used[0].tolist()))
-    return None
 
 
 def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
@@ -122,51 +66,6 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
         if torch.allclose(found, plain * (weight.float() + offset), rtol=0.02, atol=1e-3):
             return Norm(offset, float(eps))
     return None
-
-
-def _columns(table: Tensor, columns: tuple[int, ...]) -> Tensor:
-    """These columns of a table; without a copy of the numbers to the device where they lie evenly."""
-    even = slice(columns[0], columns[-1] + 1, max(1, columns[-1] - columns[0]) // max(1, len(columns) - 1) or 1)
-    return table[..., even if [*range(*even.indices(table.shape[-1]))] == [*columns] else list(columns)]
-
-
-def slot_tables(rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str]) -> Tensor:
-    """Rope of every slot, (batch or 1, slots, 2, pairs): cosines and sines, float32; arguments as for `tile_tables`."""
-    return torch.stack([_columns(table, pairs.columns) for table in rotary(inputs[..., :1].float(), slots, *kind)], 2)
-
-
-def tile_tables(
-    rotary: Any, inputs: Tensor, slots: Tensor, pairs: Pairs, kind: list[str], by_number: bool
-) -> tuple[Tensor, Tensor]:
-    """Rope where each tile of the cache begins, and within a tile: together they give every slot's.
-
-    Rope of a sum of positions is the product of their rotations, so no table has to be as long as the cache. What cosines are
-    multiplied by (yarn, longrope) stays in the first of the two.
-
-    Args:
-        rotary: the decoder's rotary embedding; it sees the last position, by which some change their frequencies.
-        inputs: of the forward; their device counts.
-        slots: positions of consecutive slots, (batch or 1, slots).
-        pairs: how the family rotates.
-        kind: the layer type, where the rotary embedding wants it.
-        by_number: whether tables have a column for each number that is rotated, sines with the sign of their term.
-
-    Returns:
-        (batch or 1, tiles, 2, pairs) and (TILE, 2, pairs): cosines and sines, float32; `by_number`, twice as wide.
-    """
-    last = slots.amax()
-    begins = slots[:, :1] + torch.arange(0, slots.shape[1], TILE, device=slots.device)
-    begins = torch.minimum(begins, last)  # beyond the last token lies the empty tail of a static cache
-    # backwards from 0: positions beyond the last would change frequencies
-    within = -torch.arange(TILE, device=slots.device).expand(len(slots), TILE)
-    every = torch.cat([begins, within, last.expand(len(slots), 1)], 1)
-    tables, count = slot_tables(rotary, inputs, every, pairs, kind), begins.shape[1]
-    first, second = tables[:, :count], tables[0, count:-1]
-    second = second / second[:1, :1]  # by the cosine of position 0
-    second = torch.stack([second[:, 0], -second[:, 1]], 1)
-    if by_number:
-        first, second = (torch.stack([torch.stack([x[..., 0, :], -x[..., 1, :]], -2), x], -1).flatten(-2) for x in (first, second))
-    return first.contiguous(), second.contiguous()
 
 
 class Plan(NamedTuple):
@@ -221,15 +120,14 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
 
 
 def _kernel_tables(
-    decoder: Any, inputs: Tensor, slots: Tensor, pairs: Pairs | None, kind: list[str], choice: Choice
-) -> tuple[Tensor, Tensor]:
-    """As a kernel takes them; of each slot, followed by nothing, where many tokens are new: their positions may be any."""
+    decoder: Any, inputs: Tensor, slots: Tensor, new: Tensor, pairs: Pairs | None, kind: list[str], backend: str
+) -> Tables:
+    """As a kernel takes them."""
     if pairs is None:
-        return (inputs.new_empty(0, dtype=torch.float32),) * 2
+        return no_tables(inputs)
     if inputs.shape[1] > FEW:
-        tables = slot_tables(decoder.rotary_emb, inputs, slots, pairs, kind)
-        return tables, tables.new_empty(0)
-    return tile_tables(decoder.rotary_emb, inputs, slots, pairs, kind, choice.backend == "compiled" and pairs.adjacent)
+        return every_slot(decoder.rotary_emb, inputs, slots, new, pairs, kind)
+    return by_tiles(decoder.rotary_emb, inputs, slots, new, pairs, kind, backend == "compiled" and pairs.adjacent)
 
 
 def cached_tables(
@@ -245,8 +143,8 @@ def cached_tables(
         arguments: of the forward.
 
     Returns:
-        cosines and sines of each slot, (batch or 1, slots, width), where attention is eager; otherwise the backend, and tables of
-        tiles and within a tile, see `tile_tables`. Nothing where there is nothing in the cache but what this forward brings.
+        cosines and sines of each slot, (batch or 1, slots, width), where attention is eager; otherwise the backend and `Tables`,
+        one after the other. Nothing where there is nothing in the cache but what this forward brings.
     """
     if not positions:
         return {}
@@ -263,8 +161,9 @@ def cached_tables(
         if choice.backend == "eager":
             tables[kind] = decoder.rotary_emb(inputs, slots, *named)
         else:
-            made = _kernel_tables(decoder, inputs, slots, decoder.kvshare_plan.pairs[kind], named, choice)
-            tables[kind] = (choice.backend, *made)
+            pairs = decoder.kvshare_plan.pairs[kind]
+            first, second, query = _kernel_tables(decoder, inputs, slots, given, pairs, named, choice.backend)
+            tables[kind] = (choice.backend, first, second, *query)
     return tables
 
 
@@ -348,6 +247,14 @@ def _against_triton(decoder: Any, inputs: Tensor) -> str | None:
     return next(filter(None, problems), None)
 
 
+@functools.cache
+def _on_gpu() -> Any:
+    """What needs triton is imported where it is first used; an import statement takes its time again in every layer."""
+    from .kvshare_triton import attend_on_gpu
+
+    return attend_on_gpu
+
+
 def attend(
     attention: Any,
     query: Tensor,
@@ -366,7 +273,7 @@ def attend(
         query: rotated, (batch, query heads, new tokens, head_dim).
         shared: as cached, (batch, kv heads, slots, head_dim), or half as wide in 4 bits.
         scales: of integers, (batch, kv heads, slots, 1).
-        tables: what `cached_tables` gives for the module's kind of layer.
+        tables: of what `cached_tables` gives for the module's kind of layer, the first three.
         mask: as transformers makes it for sdpa or eager attention.
         key_bias, value_bias: (kv heads, 1, head_dim).
         arguments: what the family hands to attention beside the usual.
@@ -391,10 +298,8 @@ def attend(
         "sinks": sinks,
     }
     if backend == "triton":
-        from .kvshare_triton import attend_on_gpu
-
         known = None if pairs is None else (first, second) if second.numel() else first
-        return attend_on_gpu(query, shared, known, mask=mask, causal=mask is None, **given)
+        return _on_gpu()(query, shared, known, mask=mask, causal=mask is None, **given)
     if mask is None and new > 1:
         mask = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril(slots - new)[None, None]
     return decode_on_cpu(query, shared, None if pairs is None else (first, second), mask=mask, **given).to(query.dtype)

@@ -204,8 +204,7 @@ def decode_on_cpu(
         query: rotated, (batch, query heads, new tokens, head_dim).
         shared: as cached, (batch, kv heads, slots, head_dim), float32 or bfloat16; or integers, see `kvshare_bits.quantise`.
         tables: cosines and sines of where tiles begin, (batch or 1, tiles, 2, width), and of the tokens of a tile,
-            (TILE, 2, width), float32; the width is that of `tile_tables`, by number where pairs lie side by side. None: keys do not
-            rotate.
+            (TILE, 2, width), float32: `kvshare_tables.Tables`, by number where pairs lie side by side. None: keys do not rotate.
         scales: of integers, (batch, kv heads, slots), float16.
         sizes: of channels, by which integers are multiplied, too, (kv heads, head_dim), float32; their middles are in the biases.
         scaling: of scores.

@@ -25,6 +25,7 @@ LINES = 32  # of 128 bytes that a program asks for before it needs them
 FAST = 30.0  # GB/s of memory for each processor: an H100 has 25, an H200 37
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in triton's interpreter, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -125,6 +126,7 @@ class Launch(NamedTuple):
     programs: int
 
 
+@functools.cache
 def _launch(head_dim: int, rows: int, packed: bool, busy: bool) -> Launch:
     """Of what was tried on an H100 and an H200 for head_dim 64 and 128, the fastest. Wider heads, and keys that are not turned two
     at a time, take more warps, so that most of what a program holds stays in registers. Where programs are `busy`, for integers
@@ -190,7 +192,7 @@ def attend_on_gpu(
     pairs = 0 if every is None else every.shape[-1]
     packed = _packs(query, tabled, pairs, head_dim, norm)
     launch = _launch(head_dim, rows, packed > 0, kind > 0 or _fast(query.device))
-    tile = len(tables[1]) if isinstance(tables, tuple) else launch.part * launch.parts
+    tile = tables[1].shape[0] if isinstance(tables, tuple) else launch.part * launch.parts
     part, parts = min(launch.part, tile), max(1, min(launch.parts, tile // launch.part))
     blocks, rounds = _parts(rows, launch.block), _parts(slots, part * parts)
     splits = _splits(rounds, launch.programs * _processors(query.device) // (blocks * batch * heads))
@@ -224,7 +226,7 @@ def attend_on_gpu(
         *query.stride()[:3],
         *shared.stride()[:3],
         *((0, 0, 0) if scales is None else scales.stride()[:3]),
-        0 if every is None or len(every) == 1 else table.stride(0),
+        0 if every is None or every.shape[0] == 1 else table.stride(0),
         *((0, 0) if mask is None else (mask.stride(0), mask.stride(2))),
         *out.stride()[:3],
         heads,
@@ -275,4 +277,4 @@ def attend_on_gpu(
             **launched,
             **options,
         )
-    return out.to(query.dtype)
+    return out.to(query.dtype) if wide else out

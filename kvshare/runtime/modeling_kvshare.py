@@ -33,9 +33,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, key_positions
+from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
 from .kvshare_bits import BITS, dequantise, read, refuse, update
 from .kvshare_channels import channels_on, give_channels, save_channels
+from .kvshare_tables import key_positions, turn_queries
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -310,8 +311,7 @@ def _attend_to_averages(attention: Any, eager: Any, query: Tensor, key: Tensor, 
 
 def _arguments(attention: Any) -> dict[str, Any]:
     """What the family hands to the attention function beside the usual."""
-    named = ARGUMENTS.get(attention.config.model_type, {})
-    return {name: getattr(attention, attribute) for name, attribute in named.items()}
+    return {name: getattr(attention, attribute) for name, attribute in attention.kvshare_arguments.items()}
 
 
 def _rotates(attention: Any, layer_type: str) -> bool:
@@ -336,8 +336,8 @@ def _by_stock(attention: Any, stock: Any, query: Tensor, key: Tensor, value: Ten
 
 def _to_hidden(attention: Any, output: Tensor) -> Tensor:
     """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
-    output = next(getattr(attention, name) for name in OUTPUTS if hasattr(attention, name))(output)
-    return nn.functional.dropout(output, p=getattr(attention, "residual_dropout", 0.0), training=attention.training)
+    output = first_of(attention, OUTPUTS)(output)
+    return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0)) if attention.training else output
 
 
 @functools.cache
@@ -373,16 +373,16 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         shared: Any = None
         key_bias: Any = None
         value_bias: Any = None
-        if hasattr(self, "qkv_proj"):
+        if "qkv_proj" in self._modules:
             query, shared = self.qkv_proj(hidden_states)
-        elif hasattr(self, "query_key_value"):
+        elif "query_key_value" in self._modules:
             query, shared = self.query_key_value(hidden_states)
             bias = _bias(self.query_key_value, hidden_states)
             if bias is not None:
                 key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
         else:
             query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
-            value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
+            value_bias = _bias(self.v_proj, hidden_states) if "v_proj" in self._modules else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
@@ -393,24 +393,22 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             shared = _keys_to_cache(self, hidden_states) if rounds else _project(self.k_proj, hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
-        implementation = self.config._attn_implementation
         scales: Tensor | None = None
+        pages = None if past_key_values is not None else _pages(kwargs.get("cache"), self.layer_idx)
         if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
             shared, scales = update(past_key_values, shared, self.layer_idx, self)
-        elif _pages(kwargs.get("cache"), self.layer_idx) is not None:
+        elif pages is not None:
             shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
-            implementation = implementation.removeprefix("paged|")  # which would take the new tokens in
         if len(position_embeddings or ()) > 4:  # a kernel makes keys of them where it reads them
             if self.kvshare_rotates:
-                width = position_embeddings[0].shape[-1] * self.kvshare_table_repeat
-                query = _rotated(rotate, query, position_embeddings[:2], width)
+                query = turn_queries(query, self.kvshare_pairs, *position_embeddings[5:])
             query = scaled(self, query, kwargs)
             output = attend(
                 self,
                 query,
                 shared,
                 scales,
-                position_embeddings[2:],
+                position_embeddings[2:5],
                 attention_mask,
                 None if key_bias is None else bias_of(self, key_bias),
                 None if value_bias is None else bias_of(self, value_bias),
@@ -443,6 +441,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value is None:
             value = _values_from_keys(self, shared)
 
+        # behind pages, the paged attention of transformers would take the new tokens in
+        implementation = self.config._attn_implementation.removeprefix("" if pages is None else "paged|")
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
         output, weights = _by_stock(self, stock, query, key, value, attention_mask, _arguments(self) | kwargs)
         return _to_hidden(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
@@ -851,6 +851,7 @@ def _share(model: Any) -> None:
         attention.kvshare_exact, attention.kvshare_bits, attention.kvshare_heads = exact, bits, heads or stored
         attention.kvshare_maps = attention.kvshare_channels = None
         attention.kvshare_layer_type = layer_types[layer]
+        attention.kvshare_arguments = ARGUMENTS.get(model.config.model_type, {})
         attention.kvshare_table_repeat = 2 if model.config.model_type in HALF_TABLES else 1
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
