@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +144,38 @@ INTEGERS = ("llama", "as many heads", "one head", "norm and bias", "part, side b
 def test_the_cpu_kernel_reads_integers(name: str, bits: int, unlike: bool) -> None:
     arguments, expected = case(name, bits=bits, unlike=unlike)
     assert error(kvshare_cpu.decode_on_cpu(**arguments), expected) < 1e-5
+
+
+# what compilers call generations of processors, by the width of their vectors: 4, 8 and 16 numbers
+GENERATIONS = ("x86-64", "x86-64-v3", "x86-64-v4")
+needs_gcc = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="not checked: vectors of other machines, for want of gcc"
+)
+
+
+@needs_gcc
+@pytest.mark.parametrize("kind", kvshare_cpu.KINDS.values())
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_no_vector_is_taken_apart(generation: str, kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wider ones than a machine has, and bytes that become numbers at one go, make a step up to six times slower."""
+    strict = [*(flag for flag in kvshare_cpu.FLAGS if flag != "-w"), "-Werror=vector-operation-performance"]
+    monkeypatch.setattr(kvshare_cpu, "FLAGS", strict)
+    monkeypatch.setattr(kvshare_cpu, "NATIVE", ([f"-march={generation}"],))
+    monkeypatch.setattr(kvshare_cpu, "compiler", lambda: "gcc")
+    for adjacent in (False, True):
+        assert kvshare_cpu._build(kvshare_cpu.Made(64, 64, adjacent, kind), tmp_path / "step.so") == ""
+
+
+@needs_gcc
+@pytest.mark.parametrize("generation", GENERATIONS[: 1 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 2])
+@pytest.mark.usefixtures("poisoned")
+def test_narrower_vectors_against_float64(generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kvshare_cpu, "kernel", functools.cache(kvshare_cpu.kernel.__wrapped__))
+    monkeypatch.setattr(kvshare_cpu, "NATIVE", ([f"-march={generation}"],))
+    for name, bits in (("llama", None), ("llama", 8), ("llama", 4), ("part, side by side", None)):
+        arguments, expected = case(name, bits=bits)
+        assert error(kvshare_cpu.decode_on_cpu(**arguments), expected) < 1e-5
 
 
 @needs_compiler

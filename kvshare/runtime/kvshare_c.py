@@ -9,13 +9,23 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-/* D head_dim, R rotated width, L lanes, T tokens of a tile, KIND of numbers, SWAP 1 where pairs lie side by side */
+/* D head_dim, R rotated width, LANES numbers that part both evenly, T tokens of a tile, KIND of numbers, SWAP 1 where pairs lie
+   side by side */
+#if defined __AVX512F__
+#define MOST 16
+#elif defined __AVX__
+#define MOST 8
+#else
+#define MOST 4
+#endif
+#define L (LANES < MOST ? LANES : MOST) /* of a vector: a wider one than the machine has would pass through memory */
 #define N (D / L)
 #define CHUNK (N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1)
 #define NONE -1e30f
 typedef float V __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * L), aligned(4), may_alias));
 typedef uint16_t H __attribute__((vector_size(2 * L), aligned(2), may_alias));
+typedef int16_t S __attribute__((vector_size(2 * L), aligned(2), may_alias));
 typedef int8_t B __attribute__((vector_size(L), aligned(1), may_alias));
 
 struct step {
@@ -41,6 +51,10 @@ static inline float half(uint16_t x) {
     float y; memcpy(&y, &bits, 4); return y;
 }
 
+static inline I whole(const char *bytes) { /* in two steps: at one go, gcc would take the numbers one by one */
+    return __builtin_convertvector(__builtin_convertvector(*(const B *)bytes, S), I);
+}
+
 static inline V load(const char *row, int i) {
 #if KIND == 0
     return *(const V *)(row + 4 * L * i);
@@ -48,10 +62,10 @@ static inline V load(const char *row, int i) {
     I wide = __builtin_convertvector(*(const H *)(row + 2 * L * i), I) << 16;
     return (V)wide;
 #elif KIND == 2
-    return __builtin_convertvector(*(const B *)(row + L * i), V);
+    return __builtin_convertvector(whole(row + L * i), V);
 #else
     int upper = 2 * i >= N;
-    I pair = __builtin_convertvector(*(const B *)(row + L * (upper ? i - N / 2 : i)), I);
+    I pair = whole(row + L * (upper ? i - N / 2 : i));
     return __builtin_convertvector((upper ? pair >> 4 & 15 : pair & 15) - 8, V);
 #endif
 }

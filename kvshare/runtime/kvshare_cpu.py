@@ -74,7 +74,7 @@ class Made(NamedTuple):
     kind: int
 
     def lanes(self) -> int:
-        """Numbers of a vector: the most of 16 that part heads and rope evenly."""
+        """The most numbers of 16 that part heads and rope evenly; a vector holds as many, or what the machine's vectors hold."""
         whole = [self.head_dim // 2 if self.kind == 3 else self.head_dim, self.width if self.adjacent else self.width // 2]
         return next(lanes for lanes in (16, 8, 4, 2, 1) if not any(width % lanes for width in whole))
 
@@ -117,7 +117,7 @@ def _machine() -> str:
 def _build(made: Made, target: Path) -> str:
     """Compile, with threads where torch brings them; empty, or what went wrong."""
     defined = [f"-D{name}={value}" for name, value in zip("DR", made, strict=False)]
-    defined += [f"-DT={TILE}", f"-DL={made.lanes()}", f"-DSWAP={int(made.adjacent)}", f"-DKIND={made.kind}"]
+    defined += [f"-DT={TILE}", f"-DLANES={made.lanes()}", f"-DSWAP={int(made.adjacent)}", f"-DKIND={made.kind}"]
     problem = ""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, compiled, linked = (Path(folder) / name for name in ("step.c", "step.o", "step.so"))
