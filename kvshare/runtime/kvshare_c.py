@@ -9,6 +9,9 @@ SOURCE = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
 /* D head_dim, R rotated width, LANES numbers that part both evenly, T tokens of a tile, KIND of numbers, SWAP 1 where pairs lie
    side by side */
 #if defined __AVX512F__
@@ -51,16 +54,23 @@ static inline float half(uint16_t x) {
     float y; memcpy(&y, &bits, 4); return y;
 }
 
-static inline I whole(const char *bytes) { /* in two steps: at one go, gcc would take the numbers one by one */
-    return __builtin_convertvector(__builtin_convertvector(*(const B *)bytes, S), I);
+/* Whole numbers of bytes, and numbers of 16 bits. At one go, and on ARM from half a vector, gcc would take them one by one. */
+#if defined __ARM_NEON && L == 4
+static inline I whole(const char *bytes) {
+    uint32_t word; memcpy(&word, bytes, 4);
+    return (I)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(word)))));
 }
+static inline V widened(const char *numbers) { return (V)vshll_n_u16(vld1_u16((const uint16_t *)numbers), 16); }
+#else
+static inline I whole(const char *bytes) { return __builtin_convertvector(__builtin_convertvector(*(const B *)bytes, S), I); }
+static inline V widened(const char *numbers) { return (V)(__builtin_convertvector(*(const H *)numbers, I) << 16); }
+#endif
 
 static inline V load(const char *row, int i) {
 #if KIND == 0
     return *(const V *)(row + 4 * L * i);
 #elif KIND == 1
-    I wide = __builtin_convertvector(*(const H *)(row + 2 * L * i), I) << 16;
-    return (V)wide;
+    return widened(row + 2 * L * i);
 #elif KIND == 2
     return __builtin_convertvector(whole(row + L * i), V);
 #else
@@ -87,11 +97,25 @@ static inline float power(float x) {      /* e^x, x <= 0 */
     return y * two.f;
 }
 
+#if L == 2
+#define NEIGHBOURS 1, 0
+#elif L == 4
+#define NEIGHBOURS 1, 0, 3, 2
+#elif L == 8
+#define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6
+#else
+#define NEIGHBOURS 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#endif
+
+#if SWAP
 static inline V swapped(V x) {
-    I index;
-    for (int i = 0; i < L; i++) index[i] = i ^ 1;
-    return __builtin_shuffle(x, index);
+#ifdef __clang__
+    return __builtin_shufflevector(x, x, NEIGHBOURS);
+#else
+    return __builtin_shuffle(x, (I){NEIGHBOURS}); /* the other one is not in gcc before 12 */
+#endif
 }
+#endif
 
 /* R(angle) x, or its inverse */
 static inline void turn(V *x, const float *table, int inverse) {
