@@ -340,6 +340,65 @@ def test_static_caches_decode_through_the_kernel(
 
 
 @needs_compiler
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("backend", ["compiled", "triton"])
+@torch.no_grad()
+def test_a_short_prompt_fills_a_static_cache(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str, bits: int | None
+) -> None:
+    """Without a mask, which transformers leaves out where all new tokens are the first slots: those behind them hold nothing."""
+    device = DEVICE if backend == "triton" else "cpu"
+    model = model_of("llama-gqa").to(device)
+    decoder, logits = model.get_decoder(), []
+    decoder.kvshare_bits = bits
+    for layer in decoder.layers:
+        layer.self_attn.kvshare_bits = bits
+    for chosen in ("eager", backend):
+        monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=300)
+        logits.append(model(torch.arange(100, 107, device=device)[None], past_key_values=cache).logits)
+        assert decoder.kvshare_choice.backend == chosen
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("key", "backend"), [("qwen2", "compiled"), ("cohere", "compiled"), ("gemma2", "compiled"), ("qwen3", "triton")]
+)
+@pytest.mark.usefixtures("compiling")
+@torch.no_grad()
+def test_a_kernel_is_one_operation_of_a_compiled_forward(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str, backend: str
+) -> None:
+    device = DEVICE if backend == "triton" else "cpu"
+    model = model_of(key).to(device)
+    ids = torch.arange(100, 130, device=device).view(2, 15)
+    calls = 0
+
+    def watched(*arguments: Any, function: Any = kvshare_attention._by_kernel) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return function(*arguments)
+
+    def logits(forward: Any) -> list[Tensor]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+        model(ids[:, :12], past_key_values=cache)
+        return [forward(part, past_key_values=cache).logits for part in ids[:, 12:].split(1, 1)]
+
+    monkeypatch.setenv(kvshare_attention.VARIABLE, "eager")
+    expected = logits(model)
+    monkeypatch.setenv(kvshare_attention.VARIABLE, backend)
+    model(ids[:, :1], past_key_values=transformers.DynamicCache(config=model.config))  # tries the kernel
+    forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(kvshare_attention, "_by_kernel", watched)
+    calls = 0
+    got = logits(forward)
+    assert calls >= 3 * len(model.get_decoder().layers)
+    for wanted, found in zip(expected, got, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@needs_compiler
 @torch.no_grad()
 def test_the_choice_and_its_reason(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kvshare_attention.VARIABLE, raising=False)

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -189,19 +190,23 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
     named = wanted()
     if named == "eager":
         return Choice("eager", f"{VARIABLE} asks for it")
-    if torch.compiler.is_compiling():
-        return Choice("eager", "torch.compile sees the whole forward")
     device, new = inputs.device.type, inputs.shape[1]
     backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
+    if torch.compiler.is_compiling():
+        if named and new <= FEW and decoder.kvshare_tried == (named, device, inputs.dtype) and not torch.is_grad_enabled():
+            return Choice(named, f"{VARIABLE} asks for it, and a forward that was not compiled has tried it")
+        return Choice("eager", "torch.compile sees the whole forward")
     if backend is None:
         return Choice("eager", f"there is no kernel for {device}")
     reason = _against(decoder, inputs, arguments)
-    if reason is None and new > FEW and (named is None or backend == "compiled"):
-        reason = f"{new} new tokens share what is rotated once"
-    if reason is None and named is None and slots < LONG:
-        reason = f"{slots} slots are fewer than {LONG}"
+    shares = f"{new} new tokens share what is rotated once" if new > FEW else None
+    if reason is None and named is None:
+        reason = shares or (f"{slots} slots are fewer than {LONG}" if slots < LONG else None)
     if reason is None:
         reason = (_against_compiled if backend == "compiled" else _against_triton)(decoder, inputs)
+        decoder.kvshare_tried = None if reason else (backend, device, inputs.dtype)
+    if reason is None and backend == "compiled":
+        reason = shares
     return Choice("eager", reason) if reason else Choice(backend, f"{new} new of {slots} tokens on {device} in {inputs.dtype}")
 
 
@@ -247,6 +252,37 @@ def _against_triton(decoder: Any, inputs: Tensor) -> str | None:
     return next(filter(None, problems), None)
 
 
+SCHEMA = """(str backend, Tensor query, Tensor shared, Tensor first, Tensor second, Tensor? mask, Tensor? scales, Tensor? sizes,
+Tensor? key_bias, Tensor? value_bias, Tensor? norm, Tensor? sinks, float scaling, bool adjacent, float eps, float norm_offset,
+float? softcap) -> Tensor"""
+GIVEN = ("scales", "sizes", "key_bias", "value_bias", "norm", "sinks", "scaling", "adjacent", "eps", "norm_offset", "softcap")
+
+
+# One name for each copy of this file: every checkpoint brings its own.
+@torch.library.custom_op(f"{re.sub('[^a-zA-Z0-9]', '_', __name__)}::attend", mutates_args=(), schema=SCHEMA)
+def _as_one(backend: str, query: Tensor, shared: Tensor, first: Tensor, second: Tensor, *given: Any) -> Tensor:
+    """A kernel as torch.compile sees it: one operation, of which it knows no more than what comes out."""
+    mask, *others = given
+    return _by_kernel(backend, query, shared, first, second, mask, dict(zip(GIVEN, others, strict=True))).contiguous()
+
+
+@_as_one.register_fake
+def _(backend: str, query: Tensor, *given: Any) -> Tensor:
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
+def _by_kernel(
+    backend: str, query: Tensor, shared: Tensor, first: Tensor, second: Tensor, mask: Tensor | None, given: dict[str, Any]
+) -> Tensor:
+    """See `attend`; `given` as kernels take it."""
+    if backend == "triton":
+        tables = (first, second) if second.numel() else first if first.numel() else None
+        return _on_gpu()(query, shared, tables, mask=mask, causal=mask is None, **given)
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], shared.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    return decode_on_cpu(query, shared, (first, second) if first.numel() else None, mask=mask, **given).to(query.dtype)
+
+
 @functools.cache
 def _on_gpu() -> Any:
     """What needs triton is imported where it is first used; an import statement takes its time again in every layer."""
@@ -283,9 +319,11 @@ def attend(
     """
     pairs, norm, sinks = attention.kvshare_pairs, attention.kvshare_norm, arguments.get("s_aux")
     backend, first, second = tables
-    new, slots = query.shape[2], shared.shape[2]
+    new = query.shape[2]
     if mask is not None:
-        mask = mask[..., :slots]
+        mask = mask[..., : shared.shape[2]]
+    elif new > 1:  # then new tokens are the first slots: a static cache may have more, and they hold nothing yet
+        shared, scales = shared[:, :, :new], None if scales is None else scales[:, :, :new]
     given: dict[str, Any] = {
         "scales": None if scales is None else scales[..., 0],
         "scaling": attention.scaling,
@@ -297,9 +335,6 @@ def attend(
         "softcap": arguments.get("softcap"),
         "sinks": sinks,
     }
-    if backend == "triton":
-        known = None if pairs is None else (first, second) if second.numel() else first
-        return _on_gpu()(query, shared, known, mask=mask, causal=mask is None, **given)
-    if mask is None and new > 1:
-        mask = torch.ones(new, slots, dtype=torch.bool, device=query.device).tril(slots - new)[None, None]
-    return decode_on_cpu(query, shared, None if pairs is None else (first, second), mask=mask, **given).to(query.dtype)
+    if not torch.compiler.is_compiling():
+        return _by_kernel(backend, query, shared, first, second, mask, given)
+    return _as_one(backend, query, shared, first, second, mask, *(given[name] for name in GIVEN))

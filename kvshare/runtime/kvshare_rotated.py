@@ -220,6 +220,7 @@ def _rotate(model: Any) -> None:
     native: Any = type(decoder)
     decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_choice = kinds, bits, None
     decoder.kvshare_plan = Plan(None, tuple(sorted(made)), {})
+    decoder.kvshare_tried = None
     decoder.__class__ = _decoder_class(native)
 
 

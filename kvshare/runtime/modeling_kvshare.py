@@ -860,7 +860,7 @@ def _share(model: Any) -> None:
             attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
-    decoder.kvshare_kinds, decoder.kvshare_plan, decoder.kvshare_bits = kinds, None, bits
+    decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_plan, decoder.kvshare_tried = kinds, bits, None, None
     if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
