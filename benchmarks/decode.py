@@ -5,6 +5,7 @@
     python benchmarks/decode.py --shapes Qwen2.5-7B          # whose keys have a bias
     python benchmarks/decode.py --new-tokens 4               # of several new tokens at once; on a GPU of any number
     python benchmarks/decode.py --models                     # a step of whole models, random weights
+    python benchmarks/decode.py --models --compile           # compiled by torch, over a static cache, too
 
 Runs on the GPU if there is one. Native is what transformers' sdpa attention does for new tokens: keys that were rotated when they
 came in, and values, in stock scaled_dot_product_attention. Packed is stock attention with the query heads of a KV head as its
@@ -34,7 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvshare.runtime import kvshare_cpu
@@ -319,7 +320,9 @@ def models() -> dict[str, tuple[Any, Any]]:
 
 @torch.no_grad()
 def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device: torch.device, options: Any) -> dict[str, Any]:
-    """Tokens per second of one more token over a filled cache, by plain calls and, on a GPU, as a graph."""
+    """Tokens per second of one more token over a filled cache: by plain calls, if asked for compiled by torch over a static cache,
+    and on a GPU as a graph.
+    """
     config, native_class = models()[name]
     layers, width = config.num_hidden_layers, config.head_dim
     config.kvshare = {"form": "shared", "layers": list(range(layers))}
@@ -333,8 +336,8 @@ def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device:
         torch.set_default_dtype(before)
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
 
-    def filled(values: int) -> DynamicCache:
-        cache = DynamicCache(config=config)
+    def filled(values: int, way: str) -> Cache:
+        cache = StaticCache(config=config, max_cache_len=context + 1) if way == "compiled" else DynamicCache(config=config)
         for layer in range(layers):
             shape = (batch, config.num_key_value_heads, context)
             cache.update(
@@ -346,16 +349,24 @@ def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device:
 
     found: dict[str, Any] = {"model": name, "batch_size": batch, "context": context, "dtype": str(dtype).removeprefix("torch.")}
     clock = clock_of(device)
-    for way in ("plain calls", "graph") if device.type == "cuda" else ("plain calls",):
+    ways = ["plain calls", *(["compiled"] if options.compile else []), *(["graph"] if device.type == "cuda" else [])]
+    for way in ways:
         timers = {}
         for which, model, values in (("native", native, width), ("shared", shared, 0)):
-            cache = filled(values)
+            cache = filled(values, way)
             kept = [(layer.keys, layer.values) for layer in cache.layers]
+            forward = model
+            if way == "compiled":
+                model(input_ids=ids, past_key_values=cache)  # after which a kernel is known to work here
+                forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
-            def step(model: Any = model, cache: Any = cache, kept: Any = kept) -> Tensor:
-                for layer, (keys, other) in zip(cache.layers, kept, strict=True):
-                    layer.keys, layer.values = keys, other  # every step is the same one
-                return model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            def step(forward: Any = forward, cache: Any = cache, kept: Any = kept, way: str = way) -> Tensor:
+                for layer, (keys, other) in zip(cache.layers, kept, strict=True):  # every step is the same one
+                    if way == "compiled":
+                        layer.cumulative_length.fill_(context)
+                    else:
+                        layer.keys, layer.values = keys, other
+                return forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
             if way == "graph":
                 timers[which] = timer([step], device)
@@ -412,7 +423,7 @@ def all_models(given: argparse.Namespace, device: torch.device) -> list[dict[str
                 continue
             row = whole_model(name, batch, context, kind, device, given)
             rows.append(row)
-            for way in ("plain calls", "graph"):
+            for way in ("plain calls", "compiled", "graph"):
                 if of := row.get(way):
                     speeds = f"{of['native_tokens_per_second']:.1f}, {of['shared_tokens_per_second']:.1f}"
                     show(*label, way, speeds, of["ratio"], of["attention"])
@@ -449,6 +460,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=1, help=f"of a step; more than {FEW} on a GPU alone")
     parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES if not shape.bias])
     parser.add_argument("--models", action="store_true", help="measure whole models, and no single steps")
+    parser.add_argument("--compile", action="store_true", help="with --models: by torch.compile, too")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop a row that takes longer, with fewer pairs")
     parser.add_argument("--memory", type=float, default=8.0, help="GiB that what a row holds may take; longer rows are left out")

@@ -363,13 +363,15 @@ def test_a_short_prompt_fills_a_static_cache(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("key", "backend"), [("qwen2", "compiled"), ("cohere", "compiled"), ("gemma2", "compiled"), ("qwen3", "triton")]
+    ("key", "backend", "named"),
+    [("qwen2", "compiled", False), ("cohere", "compiled", True), ("gemma2", "compiled", False), ("qwen3", "triton", True)],
 )
 @pytest.mark.usefixtures("compiling")
 @torch.no_grad()
 def test_a_kernel_is_one_operation_of_a_compiled_forward(
-    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str, backend: str
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, key: str, backend: str, named: bool
 ) -> None:
+    """On the CPU by itself, on a GPU where it is asked for."""
     device = DEVICE if backend == "triton" else "cpu"
     model = model_of(key).to(device)
     ids = torch.arange(100, 130, device=device).view(2, 15)
@@ -381,14 +383,16 @@ def test_a_kernel_is_one_operation_of_a_compiled_forward(
         return function(*arguments)
 
     def logits(forward: Any) -> list[Tensor]:
-        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
-        model(ids[:, :12], past_key_values=cache)
+        cache = transformers.StaticCache(config=model.config, max_cache_len=300)
+        model(ids[:, :12], past_key_values=cache)  # tries the kernel
         return [forward(part, past_key_values=cache).logits for part in ids[:, 12:].split(1, 1)]
 
     monkeypatch.setenv(kvshare_attention.VARIABLE, "eager")
     expected = logits(model)
-    monkeypatch.setenv(kvshare_attention.VARIABLE, backend)
-    model(ids[:, :1], past_key_values=transformers.DynamicCache(config=model.config))  # tries the kernel
+    if named:
+        monkeypatch.setenv(kvshare_attention.VARIABLE, backend)
+    else:
+        monkeypatch.delenv(kvshare_attention.VARIABLE)
     forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(kvshare_attention, "_by_kernel", watched)
     calls = 0

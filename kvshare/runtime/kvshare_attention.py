@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import logging
 import os
-import re
 import sys
 from typing import Any, NamedTuple
 
@@ -193,20 +192,20 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
     device, new = inputs.device.type, inputs.shape[1]
     backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
     if torch.compiler.is_compiling():
-        if named and new <= FEW and decoder.kvshare_tried == (named, device, inputs.dtype) and not torch.is_grad_enabled():
-            return Choice(named, f"{VARIABLE} asks for it, and a forward that was not compiled has tried it")
+        tried = decoder.kvshare_tried == (backend, device, inputs.dtype) and slots >= (LONG if named is None else 1)
+        if tried and new <= FEW and (named or device == "cpu") and not torch.is_grad_enabled():
+            return Choice(str(backend), "a forward that was not compiled has tried it")
         return Choice("eager", "torch.compile sees the whole forward")
     if backend is None:
         return Choice("eager", f"there is no kernel for {device}")
     reason = _against(decoder, inputs, arguments)
-    shares = f"{new} new tokens share what is rotated once" if new > FEW else None
-    if reason is None and named is None:
-        reason = shares or (f"{slots} slots are fewer than {LONG}" if slots < LONG else None)
+    if reason is None and named is None and slots < LONG:
+        reason = f"{slots} slots are fewer than {LONG}"
     if reason is None:
         reason = (_against_compiled if backend == "compiled" else _against_triton)(decoder, inputs)
         decoder.kvshare_tried = None if reason else (backend, device, inputs.dtype)
-    if reason is None and backend == "compiled":
-        reason = shares
+    if reason is None and new > FEW and (named is None or backend == "compiled"):
+        reason = f"{new} new tokens share what is rotated once"
     return Choice("eager", reason) if reason else Choice(backend, f"{new} new of {slots} tokens on {device} in {inputs.dtype}")
 
 
@@ -258,8 +257,12 @@ float? softcap) -> Tensor"""
 GIVEN = ("scales", "sizes", "key_bias", "value_bias", "norm", "sinks", "scaling", "adjacent", "eps", "norm_offset", "softcap")
 
 
-# One name for each copy of this file: every checkpoint brings its own.
-@torch.library.custom_op(f"{re.sub('[^a-zA-Z0-9]', '_', __name__)}::attend", mutates_args=(), schema=SCHEMA)
+OWN = "".join(
+    sign if sign.isascii() and sign.isalnum() else "_" for sign in __name__
+)  # every checkpoint brings a copy of this file
+
+
+@torch.library.custom_op(f"{OWN}::attend", mutates_args=(), schema=SCHEMA)
 def _as_one(backend: str, query: Tensor, shared: Tensor, first: Tensor, second: Tensor, *given: Any) -> Tensor:
     """A kernel as torch.compile sees it: one operation, of which it knows no more than what comes out."""
     mask, *others = given
