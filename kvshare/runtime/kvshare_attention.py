@@ -255,14 +255,11 @@ SCHEMA = """(str backend, Tensor query, Tensor shared, Tensor first, Tensor seco
 Tensor? key_bias, Tensor? value_bias, Tensor? norm, Tensor? sinks, float scaling, bool adjacent, float eps, float norm_offset,
 float? softcap) -> Tensor"""
 GIVEN = ("scales", "sizes", "key_bias", "value_bias", "norm", "sinks", "scaling", "adjacent", "eps", "norm_offset", "softcap")
+# of its own for each copy of this file: every checkpoint has one
+NAMESPACE = "".join(sign if sign.isascii() and sign.isalnum() else "_" for sign in __name__)
 
 
-OWN = "".join(
-    sign if sign.isascii() and sign.isalnum() else "_" for sign in __name__
-)  # every checkpoint brings a copy of this file
-
-
-@torch.library.custom_op(f"{OWN}::attend", mutates_args=(), schema=SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=(), schema=SCHEMA)
 def _as_one(backend: str, query: Tensor, shared: Tensor, first: Tensor, second: Tensor, *given: Any) -> Tensor:
     """A kernel as torch.compile sees it: one operation, of which it knows no more than what comes out."""
     mask, *others = given
