@@ -215,6 +215,8 @@ def _against(decoder: Any, inputs: Tensor, arguments: dict[str, Any]) -> str | N
         return "gradients are asked for"
     if decoder.training:
         return "the model is being trained"
+    if arguments.get("cache") is not None:
+        return "requests lie in pages, one behind the other"
     if arguments.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         return "attention weights are asked for"
     if type(inputs) is not Tensor or torch.is_autocast_enabled(inputs.device.type):
@@ -324,6 +326,8 @@ def attend(
         mask = mask[..., : shared.shape[2]]
     elif new > 1:  # then new tokens are the first slots: a static cache may have more, and they hold nothing yet
         shared, scales = shared[:, :, :new], None if scales is None else scales[:, :, :new]
+    if pairs is None:  # a layer that does not rotate, among others of its kind that do
+        first, second = first.new_empty(0), second.new_empty(0)
     given: dict[str, Any] = {
         "scales": None if scales is None else scales[..., 0],
         "scaling": attention.scaling,
