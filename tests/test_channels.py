@@ -35,8 +35,10 @@ SHAPES = {0: (2, 4), 3: (1, 4)}
 def unlike(*shape: int) -> tuple[Tensor, Channels]:
     """Numbers (batch, heads, tokens, width) whose channels have a middle and a size of their own."""
     _, heads, _, width = shape
-    channels = Channels(5 * torch.randn(heads, 1, width), torch.logspace(-1, 1, width).expand(heads, 1, width))
-    return torch.randn(shape) * channels.size + channels.middle, channels
+    generator = torch.Generator().manual_seed(0)
+    middle = 5 * torch.randn(heads, 1, width, generator=generator)
+    channels = Channels(middle, torch.logspace(-1, 1, width).expand(heads, 1, width))
+    return torch.randn(shape, generator=generator) * channels.size + channels.middle, channels
 
 
 @pytest.mark.parametrize("bits", BITS)
