@@ -193,7 +193,7 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
     backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
     if torch.compiler.is_compiling():
         tried = decoder.kvshare_tried == (backend, device, inputs.dtype) and slots >= (LONG if named is None else 1)
-        if tried and new <= FEW and (named or device == "cpu") and not torch.is_grad_enabled():
+        if tried and new <= FEW and (named or device == "cpu") and _against(decoder, inputs, arguments) is None:
             return Choice(str(backend), "a forward that was not compiled has tried it")
         return Choice("eager", "torch.compile sees the whole forward")
     if backend is None:
