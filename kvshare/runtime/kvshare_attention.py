@@ -191,20 +191,23 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
         return Choice("eager", f"{VARIABLE} asks for it")
     device, new = inputs.device.type, inputs.shape[1]
     backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
+    short = named is None and slots < LONG
+    compiles = named is not None or device == "cpu"  # whether compiled forwards may hold a kernel: on a GPU that was not measured
     if torch.compiler.is_compiling():
-        tried = decoder.kvshare_tried == (backend, device, inputs.dtype) and slots >= (LONG if named is None else 1)
-        if tried and new <= FEW and (named or device == "cpu") and _against(decoder, inputs, arguments) is None:
+        tried = decoder.kvshare_tried == (backend, device, inputs.dtype)
+        if tried and compiles and not short and new <= FEW and _against(decoder, inputs, arguments) is None:
             return Choice(str(backend), "a forward that was not compiled has tried it")
         return Choice("eager", "torch.compile sees the whole forward")
     if backend is None:
         return Choice("eager", f"there is no kernel for {device}")
     reason = _against(decoder, inputs, arguments)
-    if reason is None and named is None and slots < LONG:
+    if reason is None and short:
         reason = f"{slots} slots are fewer than {LONG}"
-    if reason is None:
+    rotates_once = new > FEW and (named is None or backend == "compiled")
+    if reason is None and (compiles or not rotates_once):  # a prompt tries the kernel for the compiled forwards that follow it
         reason = (_against_compiled if backend == "compiled" else _against_triton)(decoder, inputs)
         decoder.kvshare_tried = None if reason else (backend, device, inputs.dtype)
-    if reason is None and new > FEW and (named is None or backend == "compiled"):
+    if reason is None and rotates_once:
         reason = f"{new} new tokens share what is rotated once"
     return Choice("eager", reason) if reason else Choice(backend, f"{new} new of {slots} tokens on {device} in {inputs.dtype}")
 
@@ -326,7 +329,7 @@ def attend(
         mask = mask[..., : shared.shape[2]]
     elif new > 1:  # then new tokens are the first slots: a static cache may have more, and they hold nothing yet
         shared, scales = shared[:, :, :new], None if scales is None else scales[:, :, :new]
-    if pairs is None:  # a layer that does not rotate, among others of its kind that do
+    if pairs is None and first.numel():  # a layer that does not rotate, among others of its kind that do
         first, second = first.new_empty(0), second.new_empty(0)
     given: dict[str, Any] = {
         "scales": None if scales is None else scales[..., 0],
