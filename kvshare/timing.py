@@ -7,6 +7,7 @@ Never: loads a model, compares outputs: the tokens are random, for time does not
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -181,6 +182,7 @@ def peak_above(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its stages between the lines of a command
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     with tempfile.TemporaryDirectory() as folder:
