@@ -1,11 +1,15 @@
 """kvshare: take a pretrained Hugging Face model and give it back with half the KV cache or less.
 
 The public API is the verbs: `inspect`, `plan`, `calibrate`, `convert`, `heal`, `evaluate`, `bench`, `verify`, `push`, `load`. They
-are loaded when first used, so that importing kvshare costs nothing.
+are loaded when first used, so that importing kvshare costs nothing. What a program has made torch's default dtype and device does
+not reach them.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +47,27 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 
+@functools.cache
+def _with_own_defaults(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A verb that computes by torch's own default dtype and device, and leaves those of the program as they are."""
+
+    @functools.wraps(verb)
+    def called(*arguments: Any, **named: Any) -> Any:
+        import torch
+
+        with ExitStack() as outside:
+            if torch.get_default_dtype() != torch.float32:
+                outside.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(torch.float32)
+            if torch.get_default_device().type != "cpu":
+                outside.enter_context(torch.device("cpu"))
+            return verb(*arguments, **named)
+
+    return called
+
+
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"kvshare.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'kvshare' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvshare' has no attribute {name!r}")
+    found = getattr(import_module(f"kvshare.{_HOMES[name]}"), name)
+    return found if isinstance(found, type) else _with_own_defaults(found)

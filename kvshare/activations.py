@@ -72,7 +72,7 @@ def room(shape: Sequence[int], scratch: Path | None = None) -> Tensor:
     """
     numbers = math.prod(shape)
     if scratch is None or 4 * numbers <= IN_MEMORY:
-        return torch.empty(tuple(shape))
+        return torch.empty(tuple(shape), dtype=torch.float32, device="cpu")
     with tempfile.TemporaryFile(dir=scratch) as file:
         file.truncate(4 * numbers)
         mapped = mmap.mmap(file.fileno(), 4 * numbers)

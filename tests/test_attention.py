@@ -15,7 +15,7 @@ import transformers
 from conftest import DEVICE, FAMILY_SOURCES, SMALL, SOURCES, random_model
 from torch import Tensor
 
-from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu
+from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu, kvshare_triton
 from kvshare.runtime.kvshare_channels import Channels, with_biases
 from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
@@ -358,6 +358,37 @@ def test_a_short_prompt_fills_a_static_cache(
         cache = transformers.StaticCache(config=model.config, max_cache_len=300)
         logits.append(model(torch.arange(100, 107, device=device)[None], past_key_values=cache).logits)
         assert decoder.kvshare_choice.backend == chosen
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("backend", ["eager", "compiled", "triton"])
+@torch.no_grad()
+def test_defaults_of_torch_do_not_matter(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str, bits: int | None
+) -> None:
+    """What a program has made the default dtype and device changes nothing, and writes nowhere else."""
+    device = DEVICE if backend == "triton" else "cpu"
+    ids, logits = torch.arange(100, 130, device=device).view(2, 15), []
+    monkeypatch.setenv(kvshare_attention.VARIABLE, backend)
+    if backend == "triton":
+        kvshare_triton.problem_on.cache_clear()
+    for dtype, default in ((torch.float32, None), (torch.bfloat16, "meta")):
+        model = model_of("qwen3").to(device)
+        model.get_decoder().kvshare_bits = bits
+        for layer in model.get_decoder().layers:
+            layer.self_attn.kvshare_bits = bits
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(default)
+        try:
+            cache = transformers.DynamicCache(config=model.config)
+            parts = [model(part, past_key_values=cache).logits for part in ids.split([12, 1, 1, 1], 1)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert model.get_decoder().kvshare_choice.backend == backend
+        logits.append(torch.cat(parts, 1))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 

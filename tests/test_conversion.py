@@ -147,13 +147,25 @@ def test_a_model_that_shares_already_comes_back_the_same(
     torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
 
 
-def test_the_same_command_gives_the_same_bytes(tmp_path: Path, source_folder: Callable[[str], Path]) -> None:
-    for name in ("first", "second"):
-        kvshare.convert(
-            source_folder("llama-gqa"), tmp_path / name, kv_heads=2, calibration_tokens=2048, heal=False, eval_tokens=1024
-        )
-    first, second = ({file.name: sha256(file) for file in (tmp_path / name).iterdir()} for name in ("first", "second"))
-    assert first == second
+def test_the_same_command_gives_the_same_bytes(tmp_path: Path, source_folder: Callable[[str], Path], text_file: str) -> None:
+    """Also where a program has made other dtypes and devices torch's defaults, which it finds as it left them."""
+    try:
+        for name in ("first", "second", "of other defaults"):
+            if name == "of other defaults":
+                torch.set_default_dtype(torch.bfloat16)
+                torch.set_default_device("meta")
+            texts = {"calibration": text_file, "heal_data": text_file, "eval_data": text_file}
+            tokens = {"calibration_tokens": 2048, "heal_tokens": 512, "eval_tokens": 1024}
+            kvshare.convert(source_folder("llama-gqa"), tmp_path / name, kv_heads=2, **texts, **tokens)
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.bfloat16, "meta")
+        with pytest.raises(BadCheckpointError, match="there is no folder"):
+            kvshare.load(tmp_path / "nothing")
+        assert (torch.get_default_dtype(), torch.get_default_device().type) == (torch.bfloat16, "meta")
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    first, *others = ({file.name: sha256(file) for file in folder.iterdir()} for folder in sorted(tmp_path.iterdir()))
+    assert others == [first, first]
 
 
 def test_what_no_page_cache_holds_is_taken_out_of_it_and_written_the_same(

@@ -60,7 +60,7 @@ def norm_of(norm: nn.Module, head_dim: int) -> Norm | None:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if weight is None or eps is None or tuple(weight.shape) != (head_dim,) or getattr(norm, "bias", None) is not None:
         return None
-    x = torch.linspace(-1, 2, head_dim, device=weight.device).to(weight.dtype)
+    x = torch.linspace(-1, 2, head_dim, dtype=torch.float32, device=weight.device).to(weight.dtype)
     found, plain = norm(x).float(), x.float() * (x.float().square().mean() + eps).rsqrt()
     for offset in (0.0, 1.0):
         if torch.allclose(found, plain * (weight.float() + offset), rtol=0.02, atol=1e-3):

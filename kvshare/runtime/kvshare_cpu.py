@@ -229,8 +229,8 @@ def decode_on_cpu(
     shared = in_rows(shared)
     threads = torch.get_num_threads()
     splits = min(-(-4 * threads // (batch * heads)), -(-slots // PART))
-    out = torch.empty(batch, query.shape[1], new, head_dim)
-    partial = torch.empty(batch * heads * splits * rows * (head_dim + 2))
+    out = torch.empty(batch, query.shape[1], new, head_dim, dtype=torch.float32, device=shared.device)
+    partial = torch.empty(batch * heads * splits * rows * (head_dim + 2), dtype=torch.float32, device=shared.device)
     if mask is not None:
         mask = in_rows((mask if mask.dtype == torch.bool else mask.float()).expand(batch, 1, new, slots))
     weight = None if norm is None else norm.float() + norm_offset

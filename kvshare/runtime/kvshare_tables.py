@@ -58,7 +58,9 @@ def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:
     """
     if width % 2:
         return None
-    columns, numbers = torch.arange(1.0, len(sample) + 1)[None, None], torch.arange(1.0, width + 1)[None, None, None]
+    sample = sample.cpu()
+    columns, numbers = (torch.arange(1, size + 1, device="cpu").float() for size in (len(sample), width))
+    columns, numbers = columns[None, None], numbers[None, None, None]
     none, one = torch.zeros_like(columns), torch.ones_like(numbers)
 
     def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:
 
     cosines, sines = turned(one, columns, none), turned(one, none, columns)
     moved, flat = turned(numbers, none, none + 1), numbers.flatten()
-    half, sample = width // 2, sample.cpu()
+    half = width // 2
     for adjacent, first, second in ((False, slice(half), slice(half, None)), (True, slice(0, None, 2), slice(1, None, 2))):
         if torch.equal(moved[first], -flat[second]) and torch.equal(moved[second], flat[first]):
             used = [found.long() - 1 for found in (cosines[first], cosines[second], -sines[first], sines[second])]

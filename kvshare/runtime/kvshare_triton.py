@@ -38,15 +38,19 @@ def problem_on(device: torch.device, dtype: torch.dtype, head_dim: int, width: i
     """
     if device.type != "cuda" and not interpreted():
         return f"triton has no kernels for {device.type}"
-    generator = torch.Generator().manual_seed(0)
-    query, shared = (torch.randn(1, 2, n, head_dim, generator=generator).to(device, dtype) for n in (1, 3 * TILE - 1))
-    turned = torch.zeros(2, 3 + TILE, width // 2, device=device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def drawn(draw: Any, *shape: int) -> Tensor:
+        return draw(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+    query, shared = (drawn(torch.randn, 1, 2, n, head_dim).to(dtype) for n in (1, 3 * TILE - 1))
+    turned = torch.zeros(2, 3 + TILE, width // 2, dtype=torch.float32, device=device)
     turned[0] = 1
     tables = turned.transpose(0, 1)
     options: dict[str, Any] = dict.fromkeys(("mask", "key_bias", "value_bias", "norm", "softcap", "sinks"))
     numbers = shared
     if bits is not None:
-        channels = Channels(*(torch.rand(2, 1, head_dim, generator=generator).to(device) + begin for begin in (-0.5, 0.5)))
+        channels = Channels(*(drawn(torch.rand, 2, 1, head_dim) + begin for begin in (-0.5, 0.5)))
         numbers, scales = quantise(shared, bits, channels)
         shared = dequantise(numbers, scales, dtype, channels)
         options |= {"scales": scales[..., 0], **with_biases(channels, None, None)}
