@@ -361,10 +361,10 @@ def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device:
                 forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
             def step(forward: Any = forward, cache: Any = cache, kept: Any = kept, way: str = way) -> Tensor:
-                for layer, (keys, other) in zip(cache.layers, kept, strict=True):  # every step is the same one
-                    if way == "compiled":
+                for layer, (keys, other) in zip(cache.layers, kept, strict=True):
+                    if way == "compiled":  # every step is the same one
                         layer.cumulative_length.fill_(context)
-                    else:
+                    elif way == "graph":
                         layer.keys, layer.values = keys, other
                 return forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
 

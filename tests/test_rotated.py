@@ -179,8 +179,11 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("key", ["llama-bias", "mistral", "qwen3", "smollm3"])
-def test_generation_gives_the_tokens_of_whole_forwards(model_of: Callable[[str], Any], key: str, mode: str) -> None:
+def test_generation_gives_the_tokens_of_whole_forwards(
+    model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, key: str, mode: str
+) -> None:
     """Of prompts of different length, padded on the left, with any cache; without one, everything is computed anew every time."""
+    monkeypatch.setattr("kvshare.runtime.kvshare_cache.LONG", 1)
     model = model_of(key)
     inputs = {
         "input_ids": torch.cat([IDS[:, :14], torch.cat([torch.zeros_like(IDS[:, :4]), IDS[:, 3:13]], 1)]),

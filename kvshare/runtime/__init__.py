@@ -9,6 +9,7 @@ NAMES = (
     "kvshare_attention.py",
     "kvshare_tables.py",
     "kvshare_bits.py",
+    "kvshare_cache.py",
     "kvshare_channels.py",
     "kvshare_cpu.py",
     "kvshare_c.py",

@@ -11,12 +11,10 @@ A head of n numbers takes n + 2 bytes in 8 bits and n / 2 + 2 in 4, in any cache
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .kvshare_channels import Channels, channels_on
+from .kvshare_channels import Channels
 
 LEAST = 2.0**-24  # the least positive float16
 BITS = (8, 4)
@@ -65,58 +63,3 @@ def dequantise(numbers: Tensor, scale: Tensor, dtype: torch.dtype, channels: Cha
     if numbers.dtype == torch.uint8:
         numbers = torch.cat([numbers & 15, numbers >> 4], -1).float() - 8
     return restored(numbers.float() * scale.float(), channels).to(dtype)
-
-
-def update(cache: Any, shared: Tensor, layer: int, attention: Any) -> tuple[Tensor, Tensor | None]:
-    """Put new tokens into a cache and take out what is there.
-
-    Args:
-        cache: a transformers cache.
-        shared: of the new tokens, (batch, kv heads, new tokens, head_dim).
-        layer: of the cache.
-        attention: the module, whose `kvshare_bits` are 8, 4, or None for the numbers as they are; `kvshare_channels` are moved to
-            the device of `shared`.
-
-    Returns:
-        all slots as they are cached, and their scales, if there are any: see `quantise`.
-    """
-    if attention.kvshare_bits is None:
-        return cache.update(shared, shared[..., :0], layer)[0], None
-    numbers, scale = quantise(shared, attention.kvshare_bits, channels_on(attention, shared.device))
-    held: Any = cache.layers[layer] if layer < len(cache.layers) else None
-    if hasattr(held, "max_cache_len") and not held.is_initialized:  # a static layer gives both slots the dtype of keys
-        held.lazy_initialization(numbers, scale)
-        held.values = held.values.to(scale.dtype)
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(held.values)
-    return cache.update(numbers, scale, layer)
-
-
-def read(cache: Any, shared: Tensor, layer: int, attention: Any) -> Tensor:
-    """As `update`, all slots as numbers in the dtype of `shared`."""
-    numbers, scale = update(cache, shared, layer, attention)
-    return numbers if scale is None else dequantise(numbers, scale, shared.dtype, channels_on(attention, shared.device))
-
-
-def refuse(cache: Any, layer: int, bits: int | None) -> None:
-    """Refuse a cache whose layer holds something else than a shared cache of so many bits puts there.
-
-    Raises:
-        ValueError: it holds values of its own, is quantised in another way, or not at all.
-    """
-    held: Any = cache.layers[layer] if layer < len(cache.layers) else None
-    if bits is not None and hasattr(held, "_quantize"):
-        raise ValueError(f"this cache quantises by itself, and the model keeps {bits} bits: use another cache, or no cache_bits")
-    values = getattr(held, "values", None) if getattr(held, "is_initialized", False) else None
-    if values is None or values.dim() != 4:
-        return
-    found = {torch.int8: 8, torch.uint8: 4}.get(held.keys.dtype) if values.shape[-1] == 1 else None
-    if found is None and values.shape[-1]:
-        raise ValueError(
-            f"layer {layer} of this cache holds values, and a shared cache makes them of its keys: prefix tuning, and a cache that "
-            "the native class has filled, need the native class; load without trust_remote_code, or start with an empty cache"
-        )
-    if found != bits and held.keys.numel():
-        raise ValueError(
-            f"this cache was filled with {found or 'all'} bits, and the model keeps {bits or 'all'}: start with an empty one"
-        )

@@ -27,13 +27,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import LOGGER, Plan, attend, choose, first_of
-from .kvshare_bits import BITS, dequantise, update
+from .kvshare_bits import BITS, dequantise
+from .kvshare_cache import admit, update
 from .modeling_kvshare import (
     NORMS,
     Rotary,
     SharedProjection,
     ValueBias,
-    _admit,
     _attention,
     _bias,
     _by_stock,
@@ -177,7 +177,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if past_key_values is not None:
-            _admit(self, past_key_values)
+            admit(self, past_key_values)
         if past_key_values is not None and not torch.compiler.is_compiling():  # which sees a whole forward in eager attention
             new = inputs_embeds.shape[1]
             slots = [past_key_values.get_mask_sizes(new, layer)[0] for layer in self.kvshare_kinds.values()]

@@ -34,7 +34,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
-from .kvshare_bits import BITS, dequantise, read, refuse, update
+from .kvshare_bits import BITS, dequantise
+from .kvshare_cache import admit, read, update
 from .kvshare_channels import channels_on, give_channels, save_channels
 from .kvshare_tables import key_positions, turn_queries
 
@@ -656,31 +657,6 @@ def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids
     return (steps - ends[request])[None]
 
 
-def _accept_empty(cache: Any) -> None:
-    """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
-    for layer in cache.layers:
-        if hasattr(layer, "_quantize") and "_quantize" not in vars(layer):
-            quantize, dequantize = layer._quantize, layer._dequantize
-            by_scale = "scale" in inspect.signature(quantize).parameters  # float8, which unpacks numbers and their scale
-
-            def store(x: Tensor, *args: Any, quantize: Any = quantize, by_scale: bool = by_scale, **kwargs: Any) -> Any:
-                if x.shape[-1]:
-                    return quantize(x, *args, **kwargs)
-                return quantize(x, scale=x.new_ones(())) if by_scale else x
-
-            def read(x: Any, dequantize: Any = dequantize) -> Tensor:
-                return x if isinstance(x, Tensor) and not x.shape[-1] else dequantize(x)
-
-            layer._quantize, layer._dequantize = store, read
-
-
-def _admit(decoder: Any, cache: Any) -> None:
-    """Make a cache ready for what a decoder's layers put into it, or refuse it."""
-    for layer in decoder.kvshare_kinds.values():
-        refuse(cache, layer, decoder.kvshare_bits)
-    _accept_empty(cache)
-
-
 @functools.cache
 def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
@@ -689,7 +665,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
 
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
-            _admit(self, past_key_values)
+            admit(self, past_key_values)
             if getattr(self, "rotary_emb", None) is not None:
                 given = kwargs["inputs_embeds"] if input_ids is None else input_ids
                 if position_ids is None:
@@ -732,7 +708,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             past_key_values = DynamicCache(config=self.config)
         positions: dict[str, Any] = {}
         if past_key_values is not None:
-            _admit(self, past_key_values)
+            admit(self, past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
