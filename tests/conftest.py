@@ -38,6 +38,8 @@ from kvshare.data import load_rows, load_tokenizer
 from kvshare.loading import load_native
 from kvshare.planning import Plan
 from kvshare.recipe import Recipe
+from kvshare.runtime.kvshare_attention import ATTENTIONS, first_of
+from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.sections import Calibration
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
@@ -315,6 +317,23 @@ SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
     "square-norm": ("qwen3", {"num_key_value_heads": 8}),
     "square-groups": ("qwen3", {"head_dim": 16}),
 }
+
+
+@pytest.fixture
+def model_of(tmp_path: Path) -> Callable[..., Any]:
+    """A model in shared form with random weights, by its key in SOURCES or FAMILY_SOURCES."""
+
+    def make(key: str, **more: Any) -> Any:
+        model_type, fields = (SOURCES | FAMILY_SOURCES)[key]
+        fields = ({} if key in SOURCES else SMALL) | fields | more
+        config = transformers.AutoConfig.from_pretrained(random_model(tmp_path / "source", model_type, **fields))
+        decoder = transformers.AutoModelForCausalLM.from_config(config).get_decoder()
+        found = [first_of(layer, ATTENTIONS) for layer in (decoder.h if hasattr(decoder, "h") else decoder.layers)]
+        config.kvshare = {"form": "shared", "layers": [index for index, attention in enumerate(found) if attention is not None]}
+        named = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        return shared_class(named).from_pretrained(tmp_path / "source", config=config, dtype=torch.float32).eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import DEVICE, FAMILY_SOURCES, SMALL, SOURCES, random_model
+from conftest import DEVICE, FAMILY_SOURCES, SOURCES
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu, kvshare_triton
 from kvshare.runtime.kvshare_channels import Channels, with_biases
-from kvshare.runtime.modeling_kvshare import shared_class
 from kvshare.runtime.reference import rotated, shared_attention
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -212,23 +211,6 @@ def test_a_query_that_attends_to_nothing_gives_zero() -> None:
     got = kvshare_cpu.decode_on_cpu(**arguments | {"mask": mask})
     assert not got[0].any()
     assert got[1].abs().min() > 0
-
-
-@pytest.fixture
-def model_of(tmp_path: Path) -> Callable[..., Any]:
-    """A model in shared form with random weights, by its key in SOURCES or FAMILY_SOURCES."""
-
-    def make(key: str, **more: Any) -> Any:
-        model_type, fields = (SOURCES | FAMILY_SOURCES)[key]
-        fields = ({} if key in SOURCES else SMALL) | fields | more
-        config = transformers.AutoConfig.from_pretrained(random_model(tmp_path / "source", model_type, **fields))
-        layers = transformers.AutoModelForCausalLM.from_config(config).get_decoder().layers
-        found = [kvshare_attention.first_of(layer, kvshare_attention.ATTENTIONS) for layer in layers]
-        config.kvshare = {"form": "shared", "layers": [index for index, attention in enumerate(found) if attention is not None]}
-        named = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        return shared_class(named).from_pretrained(tmp_path / "source", config=config, dtype=torch.float32).eval()
-
-    return make
 
 
 def logits_of_steps(model: Any, ids: Tensor, mask: Tensor, steps: int, **settings: Any) -> Tensor:

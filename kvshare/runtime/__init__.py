@@ -8,6 +8,7 @@ NAMES = (
     "modeling_kvshare.py",
     "kvshare_attention.py",
     "kvshare_tables.py",
+    "kvshare_positions.py",
     "kvshare_bits.py",
     "kvshare_cache.py",
     "kvshare_channels.py",

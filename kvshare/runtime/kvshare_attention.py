@@ -131,7 +131,7 @@ def _kernel_tables(
 
 
 def cached_tables(
-    decoder: Any, inputs: Tensor, positions: dict[str, Tensor], given: Any, arguments: dict[str, Any]
+    decoder: Any, inputs: Tensor, positions: dict[str, Tensor], given: Any, in_order: bool, arguments: dict[str, Any]
 ) -> dict[str, tuple[Any, ...]]:
     """Rope of every cached token, by kind of layer, in the form that the forward's attention takes it in.
 
@@ -140,6 +140,7 @@ def cached_tables(
         inputs: embeddings of the new tokens, (batch, new tokens, hidden).
         positions: of slots, (batch or 1, slots); `given`, the positions of new tokens themselves, where these are all.
         given: positions of the new tokens.
+        in_order: whether all tokens of each row follow one another.
         arguments: of the forward.
 
     Returns:
@@ -148,7 +149,7 @@ def cached_tables(
     """
     if not positions:
         return {}
-    choice = choose(decoder, inputs, max(slots.shape[1] for slots in positions.values()), arguments)
+    choice = choose(decoder, inputs, max(slots.shape[1] for slots in positions.values()), arguments, in_order)
     if choice.backend == "eager" and all(slots is given for slots in positions.values()):
         return {}
     if not torch.compiler.is_compiling():
@@ -179,9 +180,9 @@ def wanted() -> str | None:
     return named
 
 
-def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) -> Choice:
+def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any], in_order: bool = True) -> Choice:
     """What computes attention over the cache in a forward with these arguments, of new tokens `inputs` (batch, new tokens, hidden)
-    over at most `slots` slots.
+    over at most `slots` slots, whose positions are `in_order` where keys turn by them.
 
     Raises:
         ValueError: the environment asks for something that does not exist.
@@ -200,7 +201,7 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any]) 
         return Choice("eager", "torch.compile sees the whole forward")
     if backend is None:
         return Choice("eager", f"there is no kernel for {device}")
-    reason = _against(decoder, inputs, arguments)
+    reason = _against(decoder, inputs, arguments) if in_order else "positions of tokens do not follow one another"
     if reason is None and short:
         reason = f"{slots} slots are fewer than {LONG}"
     rotates_once = new > FEW and (named is None or backend == "compiled")

@@ -123,6 +123,44 @@ def _refuse(cache: Any, layer: int, bits: int | None) -> None:
         )
 
 
+def pages_of(cache: Any, layer: int) -> Any:
+    """What allocates the pages of a layer in continuous batching, if they are to hold what keys and values share; else None."""
+    allocator = getattr(cache, "layer_to_allocator", {}).get(layer)
+    return allocator if getattr(allocator, "kvshare_shared", False) else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Write new tokens into pages, and read the slots of all requests, one after the other.
+
+    Args:
+        shared: of the new tokens of all requests, (1, kv heads, new tokens, head_dim).
+        layer: its index.
+        kwargs: what continuous batching hands to attention.
+
+    Returns:
+        (1, kv heads, slots, head_dim), and what is left to hand to an attention function that knows of no pages.
+    """
+    allocator = pages_of(kwargs["cache"], layer)
+    places = (kwargs[name][allocator.index] for name in ("read_index", "write_index"))
+    rows = allocator.update_shared(shared[0].transpose(0, 1), layer, *places)
+    left = {name: value for name, value in kwargs.items() if name not in ("cache", "read_index", "write_index", "block_table")}
+    lengths = {name: kwargs[name][allocator.layer_type] for name in ("cu_seq_lens_k", "max_length_k")}
+    return rows.transpose(0, 1)[None], left | lengths
+
+
+def page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
+    """The position of every slot that attention reads from pages, (1, slots); of new tokens alone, where no others are read."""
+    allocator = pages_of(cache, layer)
+    slots = 0 if allocator is None else kwargs["read_index"][allocator.index].numel()
+    if not slots:
+        return position_ids
+    ends = kwargs["cu_seq_lens_k"][allocator.layer_type].long()  # 0, and where each request ends
+    steps = torch.arange(slots, device=position_ids.device)
+    request = torch.searchsorted(ends[1:], steps, right=True).clamp(max=len(ends) - 2)
+    return (steps - ends[request])[None]
+
+
 def _accept_empty(cache: Any) -> None:
     """Have a quantised cache pass on the tensor of width zero in the value slot: it would look for its largest number."""
     for layer in cache.layers:

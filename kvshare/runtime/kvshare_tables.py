@@ -25,29 +25,6 @@ class Pairs(NamedTuple):
     columns: tuple[int, ...]
 
 
-def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
-    """The position of every slot that attention will read in `layer`, before the cache takes the new tokens in.
-
-    Counted back from the last query: `generate` gives left padding the position 0, so the first one tells nothing.
-
-    Args:
-        cache: a transformers cache.
-        layer: a layer of the kind whose slots are wanted.
-        position_ids: (batch or 1, new tokens).
-
-    Returns:
-        (batch or 1, slots); slots of padding hold any number, attention masks them.
-    """
-    new = position_ids.shape[-1]
-    slots, offset = cache.get_mask_sizes(new, layer)
-    if slots == new:
-        return position_ids
-    past = cache.get_query_offset(layer) if hasattr(cache, "get_query_offset") else cache.get_seq_length(layer)
-    steps = torch.arange(slots, device=position_ids.device) + offset - past - (new - 1)
-    # The empty tail of a static cache lies beyond the last token; scaled ropes must not see such positions.
-    return torch.minimum(position_ids[:, -1:] + steps, position_ids.max())
-
-
 def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:
     """What a family's rope does to the first `width` numbers of a head, seen on vectors that tell; None: something else than rope.
 

@@ -35,9 +35,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
 from .kvshare_bits import BITS, dequantise
-from .kvshare_cache import admit, read, update
+from .kvshare_cache import admit, page_positions, pages_of, read, through_pages, update
 from .kvshare_channels import channels_on, give_channels, save_channels
-from .kvshare_tables import key_positions, turn_queries
+from .kvshare_positions import follow, key_positions, leave
+from .kvshare_tables import turn_queries
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -395,11 +396,11 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         scales: Tensor | None = None
-        pages = None if past_key_values is not None else _pages(kwargs.get("cache"), self.layer_idx)
+        pages = None if past_key_values is not None else pages_of(kwargs.get("cache"), self.layer_idx)
         if past_key_values is not None:  # (batch, kv heads, slots, head_dim)
             shared, scales = update(past_key_values, shared, self.layer_idx, self)
         elif pages is not None:
-            shared, kwargs = _through_pages(shared, self.layer_idx, kwargs)
+            shared, kwargs = through_pages(shared, self.layer_idx, kwargs)
         if len(position_embeddings or ()) > 4:  # a kernel makes keys of them where it reads them
             if self.kvshare_rotates:
                 query = turn_queries(query, self.kvshare_pairs, *position_embeddings[5:])
@@ -619,44 +620,6 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
     return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
 
 
-def _pages(cache: Any, layer: int) -> Any:
-    """What allocates the pages of a layer in continuous batching, if they are to hold what keys and values share; else None."""
-    allocator = getattr(cache, "layer_to_allocator", {}).get(layer)
-    return allocator if getattr(allocator, "kvshare_shared", False) else None
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Write new tokens into pages, and read the slots of all requests, one after the other.
-
-    Args:
-        shared: of the new tokens of all requests, (1, kv heads, new tokens, head_dim).
-        layer: its index.
-        kwargs: what continuous batching hands to attention.
-
-    Returns:
-        (1, kv heads, slots, head_dim), and what is left to hand to an attention function that knows of no pages.
-    """
-    allocator = _pages(kwargs["cache"], layer)
-    places = (kwargs[name][allocator.index] for name in ("read_index", "write_index"))
-    rows = allocator.update_shared(shared[0].transpose(0, 1), layer, *places)
-    left = {name: value for name, value in kwargs.items() if name not in ("cache", "read_index", "write_index", "block_table")}
-    lengths = {name: kwargs[name][allocator.layer_type] for name in ("cu_seq_lens_k", "max_length_k")}
-    return rows.transpose(0, 1)[None], left | lengths
-
-
-def _page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
-    """The position of every slot that attention reads from pages, (1, slots); of new tokens alone, where no others are read."""
-    allocator = _pages(cache, layer)
-    slots = 0 if allocator is None else kwargs["read_index"][allocator.index].numel()
-    if not slots:
-        return position_ids
-    ends = kwargs["cu_seq_lens_k"][allocator.layer_type].long()  # 0, and where each request ends
-    steps = torch.arange(slots, device=position_ids.device)
-    request = torch.searchsorted(ends[1:], steps, right=True).clamp(max=len(ends) - 2)
-    return (steps - ends[request])[None]
-
-
 @functools.cache
 def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
@@ -666,16 +629,23 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         if past_key_values is not None:
             admit(self, past_key_values)
+        turns = past_key_values is not None and self.kvshare_turns
+        if turns:
+            given = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            if position_ids is None:
+                position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
+            first = next(iter(self.kvshare_kinds.values()))
+            follow(past_key_values, first, position_ids, kwargs.get("attention_mask"))
             if getattr(self, "rotary_emb", None) is not None:
-                given = kwargs["inputs_embeds"] if input_ids is None else input_ids
-                if position_ids is None:
-                    position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
-                slots = key_positions(past_key_values, next(iter(self.kvshare_kinds.values()), 0), position_ids)
+                slots = key_positions(past_key_values, first, position_ids)
                 if slots is not position_ids:
-                    position_ids = torch.cat([slots, position_ids], 1)
+                    position_ids = torch.cat([slots, position_ids.expand(len(slots), -1)], 1)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        return native.forward(self, input_ids, past_key_values=past_key_values, **kwargs)
+        output = native.forward(self, input_ids, past_key_values=past_key_values, **kwargs)
+        if turns:
+            leave(past_key_values, first)
+        return output
 
     return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
 
@@ -707,19 +677,21 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         positions: dict[str, Any] = {}
+        in_order, first = True, next(iter(self.kvshare_kinds.values()), 0)
         if past_key_values is not None:
             admit(self, past_key_values)
             new = inputs_embeds.shape[1]
             if position_ids is None:
                 position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
+            in_order = follow(past_key_values, first, position_ids, attention_mask)
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
         elif kwargs.get("cache") is not None and position_ids is not None:
             pages = kwargs["cache"]
-            positions = {kind: _page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
-        tables = cached_tables(self, inputs_embeds, positions, position_ids, kwargs)
+            positions = {kind: page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
+        tables = cached_tables(self, inputs_embeds, positions, position_ids, in_order, kwargs)
         if tables:
             kwargs["key_position_embeddings"] = tables
-        return native.forward(
+        output = native.forward(
             self,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -728,6 +700,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             use_cache=use_cache,
             **kwargs,
         )
+        if past_key_values is not None:
+            leave(past_key_values, first)
+        return output
 
     return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
 
@@ -837,6 +812,7 @@ def _share(model: Any) -> None:
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
     decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_plan, decoder.kvshare_tried = kinds, bits, None, None
+    decoder.kvshare_turns = bool(kinds) and (rope is not None or hasattr(_attention(layers[0]), "embed_positions"))
     if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
