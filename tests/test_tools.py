@@ -168,3 +168,44 @@ def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: 
     assert torch.equal(outputs[1].sequences, tokens)
     sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
+
+
+class InEightBits(torch.nn.Module):
+    """What libraries put in the place of linear layers: it adds its bias itself."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden, self.weight * self.scale, self.bias)
+
+
+def in_eight_bits(model: Any) -> Any:
+    for name, module in list(model.get_decoder().named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.get_decoder().set_submodule(name, InEightBits(module))
+    return model
+
+
+@pytest.mark.parametrize("key", ["qwen2", "phi", "llama-bias", "gpt_oss"])
+@torch.no_grad()
+def test_weights_in_few_bits(converted_folder: Callable[..., Path], key: str) -> None:
+    """Whose modules add a bias that the shared form adds to keys alone, and behind the cache."""
+    source = converted_folder(key)
+    expected, got = in_eight_bits(native(source)), in_eight_bits(kvshare.load(source, dtype=torch.float32))
+    torch.testing.assert_close(got(IDS).logits, expected(IDS).logits, atol=1e-4, rtol=0)
+    outputs = [model.generate(IDS, **SETTINGS) for model in (expected, got)]
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    full, small = (sum(layer.keys.nbytes + layer.values.nbytes for layer in o.past_key_values.layers) for o in outputs)
+    assert 2 * small == full
+
+
+@pytest.mark.parametrize("key", ["phi3", "gpt_neox", "falcon"])
+def test_a_fused_projection_in_few_bits_is_refused(converted_folder: Callable[..., Path], key: str) -> None:
+    model = in_eight_bits(kvshare.load(converted_folder(key), dtype=torch.float32))
+    with pytest.raises(ValueError, match="a InEightBits has taken the place of a projection"):
+        model(IDS)

@@ -135,14 +135,32 @@ def _bias(module: Any, like: Tensor) -> Any:
 
 def _project(projection: Any, hidden: Tensor) -> Tensor:
     """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
-    base = getattr(projection, "base_layer", None)
-    if base is None or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
+    base = getattr(projection, "base_layer", projection)
+    if base.bias is not None and not isinstance(base, SharedProjection):  # weights in few bits, which bring a class of their own
+        name = "bias" if base is projection else "base_layer.bias"
+        return torch.func.functional_call(projection, {name: hidden.new_zeros(base.bias.shape)}, (hidden,))
+    if base is projection or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
         return projection(hidden)
     base.kvshare_biased = True
     try:
         return projection(hidden) - base.bias
     finally:
         base.kvshare_biased = False
+
+
+def _own(projection: Any) -> Any:
+    """A projection that makes queries, keys and values, if it is one of this file.
+
+    Raises:
+        ValueError: another class has taken its place.
+    """
+    if isinstance(projection, (FusedProjection, RowsProjection, GroupedProjection)):
+        return projection
+    raise ValueError(
+        f"a {type(projection).__name__} has taken the place of a projection that makes queries, keys and values: the shared form "
+        "has to leave out the values itself; name it among the modules to be left as they are when weights are quantised "
+        "(llm_int8_skip_modules, modules_to_not_convert), and put adapters elsewhere"
+    )
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -376,9 +394,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         key_bias: Any = None
         value_bias: Any = None
         if "qkv_proj" in self._modules:
-            query, shared = self.qkv_proj(hidden_states)
+            query, shared = _own(self.qkv_proj)(hidden_states)
         elif "query_key_value" in self._modules:
-            query, shared = self.query_key_value(hidden_states)
+            query, shared = _own(self.query_key_value)(hidden_states)
             bias = _bias(self.query_key_value, hidden_states)
             if bias is not None:
                 key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
@@ -494,7 +512,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (batch, heads, new tokens, head_dim)
-        query, shared = (states.view(heads).transpose(1, 2) for states in self.c_attn(hidden_states))
+        query, shared = (states.view(heads).transpose(1, 2) for states in _own(self.c_attn)(hidden_states))
         if past_key_values is not None:
             shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
         _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
@@ -522,7 +540,7 @@ class _View:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
-        own, projection = self.attention, self.attention.query_key_value
+        own, projection = self.attention, _own(self.attention.query_key_value)
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
         shared = value[:, ::repeat]
         if self.cache is not None:
