@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -209,3 +211,15 @@ def test_a_fused_projection_in_few_bits_is_refused(converted_folder: Callable[..
     model = in_eight_bits(kvshare.load(converted_folder(key), dtype=torch.float32))
     with pytest.raises(ValueError, match="a InEightBits has taken the place of a projection"):
         model(IDS)
+
+
+@pytest.mark.parametrize("key", ["qwen3", "phi3", "gpt2", "falcon", "gptj", "gemma4_text"])
+@torch.no_grad()
+def test_models_can_be_pickled_and_copied(converted_folder: Callable[..., Path], key: str) -> None:
+    """As `torch.save` of a whole model and processes that are spawned need it."""
+    model = kvshare.load(converted_folder(key, "all", "mean"), dtype=torch.float32)
+    wanted = model.generate(IDS, **SETTINGS).sequences  # after which it holds what a forward keeps
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert torch.equal(other.generate(IDS, **SETTINGS).sequences, wanted)
+        assert {type(module) for module in other.modules()} == {type(module) for module in model.modules()}

@@ -194,6 +194,8 @@ def choose(decoder: Any, inputs: Tensor, slots: int, arguments: dict[str, Any], 
     backend = named or {"cpu": "compiled", "cuda": "triton"}.get(device)
     short = named is None and slots < LONG
     compiles = named is not None or device == "cpu"  # whether compiled forwards may hold a kernel: on a GPU that was not measured
+    if torch.compiler.is_exporting():
+        return Choice("eager", "an exported program runs where there may be no kernel")
     if torch.compiler.is_compiling():
         tried = decoder.kvshare_tried == (backend, device, inputs.dtype)
         if tried and compiles and not short and new <= FEW and _against(decoder, inputs, arguments) is None:

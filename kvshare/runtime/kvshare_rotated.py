@@ -29,13 +29,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .kvshare_attention import LOGGER, Plan, attend, choose, first_of
 from .kvshare_bits import BITS, dequantise
 from .kvshare_cache import admit, update
+from .kvshare_classes import derived
+from .kvshare_projections import SharedProjection, ValueBias, outer_bias
 from .modeling_kvshare import (
     NORMS,
     Rotary,
-    SharedProjection,
-    ValueBias,
     _attention,
-    _bias,
     _by_stock,
     _normed,
     _rotated,
@@ -134,13 +133,13 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
             output = _rotated(rotate, output.transpose(1, 2), back, width).transpose(1, 2)
-        value_bias = _bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
+        value_bias = outer_bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
         if value_bias is not None:  # (kv heads, head_dim) -> that of each query head
             each = _unique(value_bias.view(-1, self.head_dim), self.kvshare_repeat)
             output = output + each.repeat_interleave(output.shape[2] // len(each), 0)
         return _to_hidden(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_attention_class, native, {"forward": forward})
 
 
 def _layer_type(attention: Any) -> str:
@@ -189,7 +188,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
                 kwargs["kvshare_backend"] = choice.backend
         return native.forward(self, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
 
-    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
+    return derived(_decoder_class, native, {"forward": forward, "is_custom_code": _standard})
 
 
 def _rotate(model: Any) -> None:

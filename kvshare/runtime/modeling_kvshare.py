@@ -31,13 +31,24 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
 from .kvshare_bits import BITS, dequantise
 from .kvshare_cache import admit, page_positions, pages_of, read, through_pages, update
 from .kvshare_channels import channels_on, give_channels, save_channels
+from .kvshare_classes import derived
 from .kvshare_positions import follow, key_positions, leave
+from .kvshare_projections import (
+    FusedProjection,
+    GroupedProjection,
+    RepeatedProjection,
+    RowsProjection,
+    SharedProjection,
+    ValueBias,
+    outer_bias,
+    project,
+    unreplaced,
+)
 from .kvshare_tables import turn_queries
 
 FORMS = ("shared", "exact")
@@ -50,117 +61,6 @@ OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
 NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
 DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
 HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
-
-
-class SharedProjection(nn.Linear):
-    """k_proj without its bias: what keys and values have in common. Its bias stays a parameter and is added to keys."""
-
-    kvshare_biased = False  # whether it adds the bias all the same
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., hidden) -> (..., kv heads * head_dim)."""
-        return nn.functional.linear(input, self.weight, self.bias if self.kvshare_biased else None)
-
-
-class FusedProjection(Conv1D):
-    """c_attn, of which only the part of queries and that of keys is computed; its last third equals the second."""
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
-        width = self.weight.shape[1] // 3
-        query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
-        return query + self.bias[:width], shared
-
-
-class RowsProjection(nn.Linear):
-    """qkv_proj, of which only the rows of queries and of keys are computed; those of values equal those of keys. It has no bias."""
-
-    kvshare_queries: int  # how many rows are of queries
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(..., hidden) -> queries, and what keys and values have in common: (..., query or kv heads * head_dim)."""
-        rows = (self.out_features - self.kvshare_queries) // 2
-        query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
-        return query, shared
-
-
-class GroupedProjection(nn.Linear):
-    """query_key_value, whose rows stand by KV heads: those of its query heads, of keys, of values. The last are not computed."""
-
-    kvshare_width: int  # head_dim
-    kvshare_heads: int  # KV heads
-
-    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(..., hidden) -> queries, and what keys and values have in common before biases: (..., query or kv heads * head_dim)."""
-        rows = self.weight.unflatten(0, (self.kvshare_heads, -1))[:, : -self.kvshare_width]  # (kv heads, rows of each, hidden)
-        flat = input.reshape(1, -1, input.shape[-1]).expand(self.kvshare_heads, -1, -1)
-        made = torch.bmm(flat, rows.transpose(1, 2)).transpose(0, 1)  # (tokens, kv heads, rows of each)
-        made = made.reshape(*input.shape[:-1], self.kvshare_heads, -1, self.kvshare_width)
-        query, shared = made[..., :-1, :], made[..., -1, :]
-        if self.bias is not None:
-            query = query + self.parts(self.bias)[:, :-2]
-        return query.flatten(-3), shared.flatten(-2)
-
-    def parts(self, rows: Tensor) -> Tensor:
-        """(rows, ...) -> (kv heads, query heads of each + 2, head_dim, ...)."""
-        return rows.unflatten(0, (self.kvshare_heads, -1, self.kvshare_width))
-
-
-class RepeatedProjection(GroupedProjection):
-    """As `GroupedProjection`, for attention that takes rows apart itself: what is shared stands there twice, without biases."""
-
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """(..., hidden) -> (..., rows)."""
-        query, shared = super().forward(input)
-        by_head = (self.kvshare_heads, -1, self.kvshare_width)
-        shared = shared.unflatten(-1, by_head)
-        return torch.cat([query.unflatten(-1, by_head), shared, shared], -2).flatten(-3)
-
-
-class ValueBias(nn.Module):
-    """What is left of v_proj: its bias, under the name it has in the checkpoint."""
-
-    def __init__(self, bias: nn.Parameter) -> None:
-        super().__init__()
-        self.bias = bias
-
-
-def _bias(module: Any, like: Tensor) -> Any:
-    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there."""
-    bias = module.bias
-    if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
-        return bias
-    return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
-
-
-def _project(projection: Any, hidden: Tensor) -> Tensor:
-    """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
-    base = getattr(projection, "base_layer", projection)
-    if base.bias is not None and not isinstance(base, SharedProjection):  # weights in few bits, which bring a class of their own
-        name = "bias" if base is projection else "base_layer.bias"
-        return torch.func.functional_call(projection, {name: hidden.new_zeros(base.bias.shape)}, (hidden,))
-    if base is projection or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
-        return projection(hidden)
-    base.kvshare_biased = True
-    try:
-        return projection(hidden) - base.bias
-    finally:
-        base.kvshare_biased = False
-
-
-def _own(projection: Any) -> Any:
-    """A projection that makes queries, keys and values, if it is one of this file.
-
-    Raises:
-        ValueError: another class has taken its place.
-    """
-    if isinstance(projection, (FusedProjection, RowsProjection, GroupedProjection)):
-        return projection
-    raise ValueError(
-        f"a {type(projection).__name__} has taken the place of a projection that makes queries, keys and values: the shared form "
-        "has to leave out the values itself; name it among the modules to be left as they are when weights are quantised "
-        "(llm_int8_skip_modules, modules_to_not_convert), and put adapters elsewhere"
-    )
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -394,15 +294,15 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         key_bias: Any = None
         value_bias: Any = None
         if "qkv_proj" in self._modules:
-            query, shared = _own(self.qkv_proj)(hidden_states)
+            query, shared = unreplaced(self.qkv_proj)(hidden_states)
         elif "query_key_value" in self._modules:
-            query, shared = _own(self.query_key_value)(hidden_states)
-            bias = _bias(self.query_key_value, hidden_states)
+            query, shared = unreplaced(self.query_key_value)(hidden_states)
+            bias = outer_bias(self.query_key_value, hidden_states)
             if bias is not None:
                 key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
         else:
-            query, key_bias = self.q_proj(hidden_states), _bias(self.k_proj, hidden_states)
-            value_bias = _bias(self.v_proj, hidden_states) if "v_proj" in self._modules else None
+            query, key_bias = self.q_proj(hidden_states), outer_bias(self.k_proj, hidden_states)
+            value_bias = outer_bias(self.v_proj, hidden_states) if "v_proj" in self._modules else None
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
@@ -410,7 +310,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
         if shared is None:
-            shared = _keys_to_cache(self, hidden_states) if rounds else _project(self.k_proj, hidden_states)
+            shared = _keys_to_cache(self, hidden_states) if rounds else project(self.k_proj, hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         scales: Tensor | None = None
@@ -472,7 +372,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         self.kvshare_maps = None
         return native._apply(self, function, *args, **kwargs)
 
-    return type(native.__name__, (native,), {"forward": forward, "_apply": apply, "__module__": __name__})
+    return derived(_attention_class, native, {"forward": forward, "_apply": apply})
 
 
 @functools.cache
@@ -494,7 +394,7 @@ def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
             position_embeddings = (*position_embeddings, *key_position_embeddings[kind])
         return native.forward(self, hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_layer_class, native, {"forward": forward})
 
 
 @functools.cache
@@ -512,10 +412,10 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (batch, heads, new tokens, head_dim)
-        query, shared = (states.view(heads).transpose(1, 2) for states in _own(self.c_attn)(hidden_states))
+        query, shared = (states.view(heads).transpose(1, 2) for states in unreplaced(self.c_attn)(hidden_states))
         if past_key_values is not None:
             shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
-        _, key_bias, value_bias = _bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
+        _, key_bias, value_bias = outer_bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
         key, value = shared + key_bias, shared + value_bias
 
         implementation = self.config._attn_implementation
@@ -527,7 +427,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
             output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.resid_dropout(self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())), weights
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_fused_class, native, {"forward": forward})
 
 
 class _View:
@@ -540,13 +440,13 @@ class _View:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
-        own, projection = self.attention, _own(self.attention.query_key_value)
+        own, projection = self.attention, unreplaced(self.attention.query_key_value)
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
         shared = value[:, ::repeat]
         if self.cache is not None:
             shared = read(self.cache, shared, layer, own)
         key, value = shared, shared
-        bias = _bias(projection, shared)
+        bias = outer_bias(projection, shared)
         if bias is not None:
             biases = projection.parts(bias)[:: own.kvshare_repeat, -2:, None]  # (kv heads, 2, 1, head_dim)
             key, value = shared + biases[:, 0], shared + biases[:, 1]
@@ -571,7 +471,7 @@ def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
         view = _View(self, layer_past, tables if self.kvshare_rotates else None)
         return native.forward(self, hidden_states, *args, layer_past=view, **kwargs)
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_viewing_class, native, {"forward": forward})
 
 
 class _TiedView(NamedTuple):
@@ -603,7 +503,7 @@ def _tied_class(native: type[nn.Module]) -> type[nn.Module]:
         view = _TiedView(self, past_key_values, rotate, position_embeddings[-2:])
         return native.forward(self, hidden_states, position_embeddings[:2], *args, past_key_values=view, **kwargs)
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_tied_class, native, {"forward": forward})
 
 
 @functools.cache
@@ -635,7 +535,7 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
         output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
-    return type(native.__name__, (native,), {"forward": forward, "__module__": __name__})
+    return derived(_tabled_class, native, {"forward": forward})
 
 
 @functools.cache
@@ -665,7 +565,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             leave(past_key_values, first)
         return output
 
-    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
+    return derived(_plain_decoder_class, native, {"forward": forward, "is_custom_code": _standard})
 
 
 @functools.cache
@@ -722,7 +622,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             leave(past_key_values, first)
         return output
 
-    return type(native.__name__, (native,), {"forward": forward, "is_custom_code": _standard, "__module__": __name__})
+    return derived(_decoder_class, native, {"forward": forward, "is_custom_code": _standard})
 
 
 @classmethod  # type: ignore[misc]
@@ -785,13 +685,12 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "_get_static_cache_init_shape": lambda self: None,  # keys and values of equal width
         "from_pretrained": classmethod(from_pretrained),
         "save_pretrained": save_pretrained,
-        "__module__": __name__,
         "__doc__": f"{native.__name__} with one cached tensor per token and layer where K and V are shared.",
         "config_class": native.config_class,
         "is_custom_code": _standard,
         "_keys_to_ignore_on_load_unexpected": [*(native._keys_to_ignore_on_load_unexpected or ()), r"\.v_proj\.weight$"],
     }
-    return type(native.__name__, (native,), members)
+    return derived(shared_class, native, members)
 
 
 def _share(model: Any) -> None:

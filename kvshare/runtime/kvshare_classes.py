@@ -1,0 +1,35 @@
+# Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
+"""Native classes with methods of the shared form.
+
+In: a native class and what is to be other in it. Out: a class under the native name, whose objects can be pickled and copied.
+Never: changes the native class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def derived(make: Callable[[Any], Any], native: type, members: dict[str, Any]) -> Any:
+    """A class that has its own name nowhere, so that its objects name the function that gives it when they are pickled.
+
+    Args:
+        make: this function of a module, which gives the class for `native`, the same one every time.
+        native: the class that it derives from.
+        members: methods and attributes that are added or take the place of native ones.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        if type(self) is not made:  # of a class that others have derived in turn
+            return super(made, self).__reduce_ex__(protocol)
+        return _blank, (make, native), self.__getstate__()
+
+    made: Any = type(native.__name__, (native,), {"__module__": make.__module__, "__reduce_ex__": reduce, **members})
+    return made
+
+
+def _blank(make: Callable[[Any], Any], native: type) -> Any:
+    """An object of a derived class, before its state is set."""
+    made = make(native)
+    return made.__new__(made)

@@ -1,0 +1,125 @@
+# Copyright 2026 The kvshare authors. Licensed under the Apache License, Version 2.0.
+"""Projections of the shared form: what keys and values share is computed once, and biases are added behind the cache.
+
+In: hidden states; modules of a native class whose weights hold K = V. Out: queries, and what keys and values share.
+Never: changes names or shapes of parameters, which are those of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class SharedProjection(nn.Linear):
+    """k_proj without its bias: what keys and values have in common. Its bias stays a parameter and is added to keys."""
+
+    kvshare_biased = False  # whether it adds the bias all the same
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., hidden) -> (..., kv heads * head_dim)."""
+        return nn.functional.linear(input, self.weight, self.bias if self.kvshare_biased else None)
+
+
+class FusedProjection(Conv1D):
+    """c_attn, of which only the part of queries and that of keys is computed; its last third equals the second."""
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., hidden) -> queries, and what keys and values have in common before their biases, both (..., hidden)."""
+        width = self.weight.shape[1] // 3
+        query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
+        return query + self.bias[:width], shared
+
+
+class RowsProjection(nn.Linear):
+    """qkv_proj, of which only the rows of queries and of keys are computed; those of values equal those of keys. It has no bias."""
+
+    kvshare_queries: int  # how many rows are of queries
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common: (..., query or kv heads * head_dim)."""
+        rows = (self.out_features - self.kvshare_queries) // 2
+        query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
+        return query, shared
+
+
+class GroupedProjection(nn.Linear):
+    """query_key_value, whose rows stand by KV heads: those of its query heads, of keys, of values. The last are not computed."""
+
+    kvshare_width: int  # head_dim
+    kvshare_heads: int  # KV heads
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(..., hidden) -> queries, and what keys and values have in common before biases: (..., query or kv heads * head_dim)."""
+        rows = self.weight.unflatten(0, (self.kvshare_heads, -1))[:, : -self.kvshare_width]  # (kv heads, rows of each, hidden)
+        flat = input.reshape(1, -1, input.shape[-1]).expand(self.kvshare_heads, -1, -1)
+        made = torch.bmm(flat, rows.transpose(1, 2)).transpose(0, 1)  # (tokens, kv heads, rows of each)
+        made = made.reshape(*input.shape[:-1], self.kvshare_heads, -1, self.kvshare_width)
+        query, shared = made[..., :-1, :], made[..., -1, :]
+        if self.bias is not None:
+            query = query + self.parts(self.bias)[:, :-2]
+        return query.flatten(-3), shared.flatten(-2)
+
+    def parts(self, rows: Tensor) -> Tensor:
+        """(rows, ...) -> (kv heads, query heads of each + 2, head_dim, ...)."""
+        return rows.unflatten(0, (self.kvshare_heads, -1, self.kvshare_width))
+
+
+class RepeatedProjection(GroupedProjection):
+    """As `GroupedProjection`, for attention that takes rows apart itself: what is shared stands there twice, without biases."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., hidden) -> (..., rows)."""
+        query, shared = super().forward(input)
+        by_head = (self.kvshare_heads, -1, self.kvshare_width)
+        shared = shared.unflatten(-1, by_head)
+        return torch.cat([query.unflatten(-1, by_head), shared, shared], -2).flatten(-3)
+
+
+class ValueBias(nn.Module):
+    """What is left of v_proj: its bias, under the name it has in the checkpoint."""
+
+    def __init__(self, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+
+def outer_bias(module: Any, like: Tensor) -> Any:
+    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there."""
+    bias = module.bias
+    if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
+        return bias
+    return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
+
+
+def project(projection: Any, hidden: Tensor) -> Tensor:
+    """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
+    base = getattr(projection, "base_layer", projection)
+    if base.bias is not None and not isinstance(base, SharedProjection):  # weights in few bits, which bring a class of their own
+        name = "bias" if base is projection else "base_layer.bias"
+        return torch.func.functional_call(projection, {name: hidden.new_zeros(base.bias.shape)}, (hidden,))
+    if base is projection or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
+        return projection(hidden)
+    base.kvshare_biased = True
+    try:
+        return projection(hidden) - base.bias
+    finally:
+        base.kvshare_biased = False
+
+
+def unreplaced(projection: Any) -> Any:
+    """A projection that makes queries, keys and values, if it is one of this file.
+
+    Raises:
+        ValueError: another class has taken its place.
+    """
+    if isinstance(projection, (FusedProjection, RowsProjection, GroupedProjection)):
+        return projection
+    raise ValueError(
+        f"a {type(projection).__name__} has taken the place of a projection that makes queries, keys and values: the shared form "
+        "has to leave out the values itself; name it among the modules to be left as they are when weights are quantised "
+        "(llm_int8_skip_modules, modules_to_not_convert), and put adapters elsewhere"
+    )
