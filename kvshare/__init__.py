@@ -8,6 +8,7 @@ not reach them.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
@@ -53,8 +54,9 @@ def _with_own_defaults(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(verb)
     def called(*arguments: Any, **named: Any) -> Any:
-        import torch
-
+        torch: Any = sys.modules.get("torch")
+        if torch is None:  # then nobody has changed them
+            return verb(*arguments, **named)
         with ExitStack() as outside:
             if torch.get_default_dtype() != torch.float32:
                 outside.callback(torch.set_default_dtype, torch.get_default_dtype())

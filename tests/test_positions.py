@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 import kvshare
-from kvshare.runtime.kvshare_positions import key_positions
+from kvshare.runtime.kvshare_positions import follow, key_positions, leave
 
 # families without rope; those with experts differ from their like in nothing that counts here
 WITHOUT = {"gpt2", "opt", "bloom", "falcon-alibi", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoehybrid"}
@@ -222,3 +222,17 @@ def test_a_cache_that_nobody_followed_has_tokens_in_order() -> None:
     cache = DynamicCache()
     cache.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 0), 0)
     assert key_positions(cache, 0, torch.tensor([[5, 6], [3, 4]])).tolist() == [[*range(7)], [*range(-2, 5)]]
+
+
+def test_what_is_recorded_is_made_of_the_positions_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of a step is replayed for others, by writing their positions where those of the first one were."""
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 0), 0)
+    follow(cache, 0, torch.tensor([[5], [3]]), None)
+    seen = cache.kvshare_seen
+    assert key_positions(cache, 0, torch.tensor([[8], [3]])).tolist() == [[*range(6)], [*range(-2, 4)]]
+    monkeypatch.setattr("kvshare.runtime.kvshare_positions._traced", lambda device: True)
+    follow(cache, 0, torch.tensor([[8], [3]]), None)
+    assert key_positions(cache, 0, torch.tensor([[8], [3]])).tolist() == [[*range(3, 9)], [*range(-2, 4)]]
+    leave(cache, 0)
+    assert cache.kvshare_seen is seen

@@ -35,6 +35,11 @@ class Seen(NamedTuple):
     settled: bool
 
 
+def _traced(device: torch.device) -> bool:
+    """Whether a forward is recorded, for other positions than those that it sees: it must make all of what it is given."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def _waits(device: torch.device) -> bool:
     """Whether who looks at numbers waits until the device has made them."""
     return device.type != "cpu"
@@ -81,7 +86,7 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
             that there are now cannot be told from the positions that come.
     """
     device, seen = position_ids.device, getattr(cache, "kvshare_seen", None)
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if _traced(device):
         if getattr(cache, "kvshare_apart", False):
             raise ValueError(
                 "the tokens of this cache do not follow one another (padding on the right, gaps), and a forward that is compiled "
@@ -101,7 +106,7 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
     if seen is not None and seen.positions is not None:
         positions = torch.cat([_kept(seen, cache, layer, past, offsets), position_ids], 1)
         return _note(cache, past + new, offsets[:, -1:], positions, False)
-    before = None if seen is None else _before(seen, cache, layer, len(position_ids))
+    before = None if seen is None or seen.tokens != past else _before(seen, cache, layer, len(position_ids))
     attended = _attended(mask, past, new)
     if attended is None:
         highest, lowest = offsets.amax(1, keepdim=True), offsets.amin(1, keepdim=True)
@@ -129,7 +134,7 @@ def _note(cache: Any, tokens: int, offsets: Tensor, positions: Tensor | None, se
 def leave(cache: Any, layer: int) -> None:
     """Take note of the rows of a cache behind a forward."""
     seen = getattr(cache, "kvshare_seen", None)
-    if seen is not None and not torch.compiler.is_compiling():
+    if seen is not None and not _traced(seen.offsets.device):
         cache.kvshare_seen = seen._replace(held=_held(cache, layer))
 
 
@@ -176,7 +181,7 @@ def key_positions(cache: Any, layer: int, position_ids: Tensor) -> Tensor:
     slots, offset = cache.get_mask_sizes(new, layer)
     if slots == new:
         return position_ids
-    seen = None if torch.compiler.is_compiling() else getattr(cache, "kvshare_seen", None)
+    seen = None if _traced(position_ids.device) else getattr(cache, "kvshare_seen", None)
     # The empty tail of a static cache lies beyond the last token; scaled ropes must not see such positions.
     if seen is not None and seen.positions is not None:
         positions = seen.positions[:, offset : offset + slots]

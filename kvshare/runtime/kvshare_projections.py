@@ -98,7 +98,7 @@ def outer_bias(module: Any, like: Tensor) -> Any:
 def project(projection: Any, hidden: Tensor) -> Tensor:
     """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
     base = getattr(projection, "base_layer", projection)
-    if base.bias is not None and not isinstance(base, SharedProjection):  # weights in few bits, which bring a class of their own
+    if base.bias is not None and not _holds(base, (SharedProjection,)):  # weights in few bits, which bring a class of their own
         name = "bias" if base is projection else "base_layer.bias"
         return torch.func.functional_call(projection, {name: hidden.new_zeros(base.bias.shape)}, (hidden,))
     if base is projection or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
@@ -110,13 +110,19 @@ def project(projection: Any, hidden: Tensor) -> Tensor:
         base.kvshare_biased = False
 
 
+def _holds(module: nn.Module, classes: tuple[type, ...]) -> bool:
+    """Whether a module is of one of these classes, or was wrapped around one to train it in full."""
+    return isinstance(module, classes) or any(isinstance(part, classes) for part in module.modules())
+
+
 def unreplaced(projection: Any) -> Any:
     """A projection that makes queries, keys and values, if it is one of this file.
 
     Raises:
         ValueError: another class has taken its place.
     """
-    if isinstance(projection, (FusedProjection, RowsProjection, GroupedProjection)):
+    known = (FusedProjection, RowsProjection, GroupedProjection)
+    if isinstance(projection, known) or (not hasattr(projection, "base_layer") and _holds(projection, known)):
         return projection
     raise ValueError(
         f"a {type(projection).__name__} has taken the place of a projection that makes queries, keys and values: the shared form "
