@@ -85,7 +85,7 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
         ValueError: they do not, and the forward is compiled or captured; or rows of the cache were selected or reordered, and those
             that there are now cannot be told from the positions that come.
     """
-    device, seen = position_ids.device, getattr(cache, "kvshare_seen", None)
+    device = position_ids.device
     if _traced(device):
         if getattr(cache, "kvshare_apart", False):
             raise ValueError(
@@ -95,7 +95,7 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
         return True
     if type(position_ids) is not Tensor or device.type == "meta":  # there are no numbers to look at
         return True
-    new = position_ids.shape[1]
+    new, seen = position_ids.shape[1], getattr(cache, "kvshare_seen", None)
     if new == 1 and seen is not None and seen.settled and _waits(device) and _untouched(seen, cache, layer):
         cache.kvshare_seen = seen._replace(tokens=seen.tokens + 1)
         return True
