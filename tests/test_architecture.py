@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,7 +173,7 @@ def test_remote_code_is_never_trusted(module: str) -> None:
 
 @pytest.mark.parametrize("module", FILES)
 def test_modules_stay_small_and_say_what_they_are(module: str) -> None:
-    most = 820 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file for all families
+    most = 840 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file for all families
     assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= most
     assert ast.get_docstring(TREES[module])
 
@@ -179,6 +183,27 @@ def test_the_command_line_is_built_on_typer_alone(module: str) -> None:
     packages = {name.partition(".")[0] for name in imports(module)}
     assert "click" not in packages
     assert module.startswith("cli") or not packages & {"typer", "rich"}
+
+
+@pytest.mark.parametrize("entry", ["modeling_kvshare", "kvshare_rotated"])
+def test_a_file_that_a_config_names_names_all_that_it_needs(entry: str) -> None:
+    """Older versions of transformers copy those alone."""
+
+    def named(file: str) -> set[str]:
+        text = (ROOT / "runtime" / f"{file}.py").read_text(encoding="utf-8")
+        return set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE))
+
+    needed = {other for file in SHIPPED for other in named(file)} - {entry}
+    if entry == "modeling_kvshare":
+        needed -= {"kvshare_rotated"}
+    assert named(entry) == needed
+
+
+def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")
+    spec: Any = importlib.util.spec_from_file_location("kvshare.runtime.other", ROOT / "runtime" / "modeling_kvshare.py")
+    with pytest.raises(ImportError, match=r"needs transformers 5.4 or later, and this is 5.3.0"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_the_public_names_are_where_the_front_door_says() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -45,6 +45,17 @@ from .modeling_kvshare import (
     _unique,
     shared_class,
 )
+
+if TYPE_CHECKING:  # as in modeling_kvshare.py
+    from .kvshare_c import SOURCE  # noqa: F401
+    from .kvshare_channels import channels_on  # noqa: F401
+    from .kvshare_cpu import TILE  # noqa: F401
+    from .kvshare_kernels import attend_kernel  # noqa: F401
+    from .kvshare_positions import follow  # noqa: F401
+    from .kvshare_splits import join_kernel  # noqa: F401
+    from .kvshare_tables import turn_queries  # noqa: F401
+    from .kvshare_tiles import numbers  # noqa: F401
+    from .kvshare_triton import attend_on_gpu  # noqa: F401
 
 PREFIX, NAME = "kvshare_rotated_", "KVShareRotated"  # of model types and types of rope, and of the names of classes
 ROPES = ("rope_parameters", "rope_scaling")  # where configs say what rope they mean

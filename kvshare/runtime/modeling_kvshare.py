@@ -24,7 +24,7 @@ import inspect
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -50,6 +50,21 @@ from .kvshare_projections import (
     unreplaced,
 )
 from .kvshare_tables import turn_queries
+
+if TYPE_CHECKING:  # older versions of transformers copy the files that this one names, and none that those name in turn
+    from .kvshare_c import SOURCE  # noqa: F401
+    from .kvshare_cpu import TILE  # noqa: F401
+    from .kvshare_kernels import attend_kernel  # noqa: F401
+    from .kvshare_splits import join_kernel  # noqa: F401
+    from .kvshare_tiles import numbers  # noqa: F401
+    from .kvshare_triton import attend_on_gpu  # noqa: F401
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 4):
+    raise ImportError(
+        "the form that a kvshare checkpoint brings with it needs transformers 5.4 or later, and this is "
+        f"{transformers.__version__}: update it, or load the checkpoint without trust_remote_code, in its native form, whose cache "
+        "is of full size"
+    )
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
