@@ -26,6 +26,7 @@ from kvshare.probes import Probed, check_probes, compare_answers, prepare, probe
 from kvshare.progress import Progress, silent
 from kvshare.quantised import quantised_bytes, through_quantised_cache
 from kvshare.recipe import Probes, load_recipe, settings_of
+from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.sections import Evaluation
 from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
 from kvshare.tensors import DTYPES, best_device
@@ -359,7 +360,8 @@ def generated_cache(model: Any, prompt: Tensor) -> Any:
         return_dict_in_generate=True,
         pad_token_id=model.generation_config.pad_token_id or 0,
     )
-    return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings).past_key_values
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return getattr(output, cache_name(type(model)))
 
 
 def cache_numbers_per_token(model: Any, prompt: Tensor) -> float:

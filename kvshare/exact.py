@@ -17,6 +17,7 @@ from torch import Tensor
 from kvshare.errors import UnsupportedModelError
 from kvshare.planning import Plan
 from kvshare.progress import Progress
+from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.runtime.modeling_kvshare import VALUE_ERROR, exact_maps, round_keys
 from kvshare.source import ITEM_BYTES
 from kvshare.tensors import DTYPES, best_device, read_tensor
@@ -96,8 +97,10 @@ def through_cache(model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
             rounded = rounded.to(keys.dtype).view(keys.shape).transpose(1, 2)
             return super().update(rounded, value_states, layer_idx, *args, **kwargs)
 
+    name = cache_name(type(model))
+
     def forward(ids: Tensor) -> Tensor:
         cache = Rounding(config=model.config)
-        return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :1], ids[:, 1:])], dim=1)
+        return torch.cat([model(input_ids=part, **{name: cache}).logits for part in (ids[:, :1], ids[:, 1:])], dim=1)
 
     return forward

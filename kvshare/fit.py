@@ -83,7 +83,7 @@ def fit_layer(
     per_step = max(1, min(trained_rows, settings.batch_tokens // inputs.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    given = {name: value for name, value in call.arguments.items() if name not in ("past_key_values", "layer_past")}
+    given = {name: value for name, value in call.arguments.items() if name not in ("cache", "past_key_values", "layer_past")}
     if "residual" in inspect.signature(attention.forward).parameters:  # bloom's attention adds it to its output
         given["residual"] = 0.0
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from kvshare.loading import Forward
 from kvshare.runtime.kvshare_bits import in_steps, restored
+from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.runtime.kvshare_channels import Channels, channels_on
 from kvshare.timing import cached_tensors
 
@@ -53,7 +54,8 @@ class QuantisedCache(DynamicCache):
 def through_quantised_cache(model: Any, bits: int) -> Forward:
     """A forward, (rows, tokens) to logits, that reads every key and value through a `QuantisedCache`, a token's own included."""
     shared = {module.layer_idx: module for module in model.modules() if getattr(module, "kvshare_channels", None) is not None}
-    return lambda ids: model(input_ids=ids, past_key_values=QuantisedCache(bits, model.config, shared), use_cache=True).logits
+    name = cache_name(type(model))
+    return lambda ids: model(input_ids=ids, use_cache=True, **{name: QuantisedCache(bits, model.config, shared)}).logits
 
 
 def quantised_bytes(cache: Any, bits: int) -> int:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvshare.runtime.kvshare_cache import cache_name
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -103,13 +105,14 @@ def spread(values: Sequence[float]) -> Spread:
 @torch.no_grad()
 def run_once(model: Any, ids: Tensor, new_tokens: int, clock: Callable[[], float]) -> Pass:
     """Read the prompts ids (batch, context), then write `new_tokens` tokens greedily, one forward each."""
+    cache = cache_name(type(model))
     start = clock()
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     read = clock()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    return Pass(read - start, clock() - read, output.past_key_values)
+        output = model(input_ids=token, use_cache=True, logits_to_keep=1, **{cache: getattr(output, cache)})
+    return Pass(read - start, clock() - read, getattr(output, cache))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

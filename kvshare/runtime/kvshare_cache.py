@@ -13,6 +13,7 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -22,6 +23,33 @@ from .kvshare_channels import channels_on
 
 ROOM = 64  # a growing cache has memory for up to a 64th more tokens than it holds, so that few are copied when one comes
 LONG = 256  # tokens from which on it is worth it
+
+
+def cache_of(given: Any, arguments: dict[str, Any]) -> Any:
+    """The cache that a forward was given as past_key_values, or by another name among its arguments, from which it is taken:
+    layer_past in some families, and since transformers 5.24 `cache`, as pages of continuous batching were called before; they stay.
+    """
+    for name in ("cache", "layer_past"):
+        if name in arguments and not hasattr(arguments[name], "layer_to_allocator"):
+            found = arguments.pop(name)
+            given = found if given is None else given
+    return given
+
+
+def cache_name(native: Any) -> str:
+    """What the forward of a native class calls its cache.
+
+    Raises:
+        ImportError: nothing that is known, so that a cache would be lost on the way.
+    """
+    named = inspect.signature(native.forward).parameters
+    found = next((name for name in ("cache", "past_key_values", "layer_past") if name in named), None)
+    if found is None:
+        raise ImportError(
+            f"{native.__name__} of transformers {transformers.__version__} takes no cache by a name that this file knows: use an "
+            "older version, or load the checkpoint without trust_remote_code, in its native form, whose cache is of full size"
+        )
+    return found
 
 
 def appended(held: Tensor, new: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import LOGGER, Plan, attend, choose, first_of
 from .kvshare_bits import BITS, dequantise
-from .kvshare_cache import admit, update
+from .kvshare_cache import admit, cache_name, cache_of, update
 from .kvshare_classes import derived
 from .kvshare_projections import SharedProjection, ValueBias, outer_bias
 from .modeling_kvshare import (
@@ -109,6 +109,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     """The rotated form of an attention class with q_proj, k_proj, v_proj and an output projection."""
     module = sys.modules[native.__module__]
     rotate, eager = module.apply_rotary_pos_emb, module.eager_attention_forward
+    cache = cache_name(native)
 
     def forward(
         self: Any,
@@ -119,6 +120,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         kvshare_backend: str = "eager",
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = cache_of(past_key_values, kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         shared = _unique(self.k_proj(hidden_states).view(heads), self.kvshare_repeat)
@@ -140,7 +142,11 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             if scales is not None:
                 shared = dequantise(shared, scales, query.dtype)
             stock = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-            output, weights = _by_stock(self, stock, query, shared, shared, attention_mask, kwargs)
+            key = value = shared
+            if cache == "cache" and kwargs.get("cache") is not None:  # pages, which attention fills since transformers 5.24
+                key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
+                del kwargs["cache"]
+            output, weights = _by_stock(self, stock, query, key, value, attention_mask, kwargs)
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
             output = _rotated(rotate, output.transpose(1, 2), back, width).transpose(1, 2)
@@ -180,12 +186,14 @@ def rotate_attention(attention: Any, repeat: int = 1, bits: int | None = None) -
 @functools.cache
 def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The rotated form of a decoder: it chooses once per forward what attends to the cache."""
+    cache = cache_name(native)
 
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, inputs_embeds: Any = None, **kwargs: Any) -> Any:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        past_key_values = cache_of(past_key_values, kwargs)
         if past_key_values is not None:
             admit(self, past_key_values)
         if past_key_values is not None and not torch.compiler.is_compiling():  # which sees a whole forward in eager attention
@@ -197,7 +205,8 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             self.kvshare_choice = choice
             if choice.backend != "eager":
                 kwargs["kvshare_backend"] = choice.backend
-        return native.forward(self, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs)
+        named = {} if "cache" in kwargs else {cache: past_key_values}
+        return native.forward(self, inputs_embeds=inputs_embeds, **named, **kwargs)
 
     return derived(_decoder_class, native, {"forward": forward, "is_custom_code": _standard})
 

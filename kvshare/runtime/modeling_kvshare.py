@@ -34,7 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
 from .kvshare_bits import BITS, dequantise
-from .kvshare_cache import admit, page_positions, pages_of, read, through_pages, update
+from .kvshare_cache import admit, cache_name, cache_of, page_positions, pages_of, read, through_pages, update
 from .kvshare_channels import channels_on, give_channels, save_channels
 from .kvshare_classes import derived
 from .kvshare_positions import follow, key_positions, leave
@@ -281,6 +281,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     module = sys.modules[native.__module__]
     rotate, eager = getattr(module, "apply_rotary_pos_emb", None), module.eager_attention_forward
     query_scale = getattr(module, "get_llama_4_attn_scale", None)
+    cache = cache_name(native)
 
     def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
@@ -300,10 +301,9 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         position_embeddings: Rotary = (),
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        layer_past: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        past_key_values = layer_past if past_key_values is None else past_key_values
+        past_key_values = cache_of(past_key_values, kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         shared: Any = None
         key_bias: Any = None
@@ -376,6 +376,10 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value is None:
             value = _values_from_keys(self, shared)
 
+        # pages of full size, which attention fills since transformers 5.24
+        if cache == "cache" and pages is None and kwargs.get("cache") is not None:
+            key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
+            del kwargs["cache"]
         # behind pages, the paged attention of transformers would take the new tokens in
         implementation = self.config._attn_implementation.removeprefix("" if pages is None else "paged|")
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -425,6 +429,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = cache_of(past_key_values, kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         # (batch, heads, new tokens, head_dim)
         query, shared = (states.view(heads).transpose(1, 2) for states in unreplaced(self.c_attn)(hidden_states))
@@ -453,7 +458,7 @@ class _View:
     def __init__(self, attention: Any, cache: Any, tables: Rotary | None) -> None:
         self.attention, self.cache, self.tables = attention, cache, tables
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
         own, projection = self.attention, unreplaced(self.attention.query_key_value)
         repeat = value.shape[1] // projection.kvshare_heads * own.kvshare_repeat
@@ -474,17 +479,18 @@ class _View:
 @functools.cache
 def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with query_key_value whose own forward is right but for the cache (falcon, bloom)."""
+    cache = cache_name(native)
 
     def forward(
-        self: Any, hidden_states: Tensor, *args: Any, layer_past: Any = None, position_embeddings: Any = None, **kwargs: Any
+        self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, position_embeddings: Any = None, **kwargs: Any
     ) -> Any:
         tables = None
         if position_embeddings is not None:  # of cached keys and, behind them, of new tokens, where these are not the same
             new = hidden_states.shape[1]
             tables = tuple(table[:, :-new] if table.shape[1] > new else table for table in position_embeddings)
             kwargs["position_embeddings"] = tuple(table[:, -new:] for table in position_embeddings)
-        view = _View(self, layer_past, tables if self.kvshare_rotates else None)
-        return native.forward(self, hidden_states, *args, layer_past=view, **kwargs)
+        view = _View(self, cache_of(past_key_values, kwargs), tables if self.kvshare_rotates else None)
+        return native.forward(self, hidden_states, *args, **{cache: view}, **kwargs)
 
     return derived(_viewing_class, native, {"forward": forward})
 
@@ -499,7 +505,7 @@ class _TiedView(NamedTuple):
     rotate: Any
     tables: Rotary
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Both (batch, kv heads, new tokens, head_dim); so are the keys and values of all slots."""
         own, shared = self.attention, value
         if self.cache is not None:
@@ -512,11 +518,13 @@ def _tied_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class that makes K and V by one projection itself, and norms both (gemma4)."""
     rotate = sys.modules[native.__module__].apply_rotary_pos_emb
 
+    cache = cache_name(native)
+
     def forward(
         self: Any, hidden_states: Tensor, position_embeddings: Rotary, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> Any:
-        view = _TiedView(self, past_key_values, rotate, position_embeddings[-2:])
-        return native.forward(self, hidden_states, position_embeddings[:2], *args, past_key_values=view, **kwargs)
+        view = _TiedView(self, cache_of(past_key_values, kwargs), rotate, position_embeddings[-2:])
+        return native.forward(self, hidden_states, position_embeddings[:2], *args, **{cache: view}, **kwargs)
 
     return derived(_tied_class, native, {"forward": forward})
 
@@ -536,17 +544,18 @@ def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        layer_past: Any = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        past_key_values = cache_of(past_key_values, kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, shared = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj))
         slots = position_ids
-        if layer_past is not None:
-            slots = key_positions(layer_past, self.layer_idx, position_ids)
-            shared = read(layer_past, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
+        if past_key_values is not None:
+            slots = key_positions(past_key_values, self.layer_idx, position_ids)
+            shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
         output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
         return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
 
@@ -558,8 +567,10 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder whose layers make their own keys; falcon's is given the positions of cached keys before those of
     new tokens, and makes one table of all.
     """
+    cache = cache_name(native)
 
     def forward(self: Any, input_ids: Any = None, *, past_key_values: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        past_key_values = cache_of(past_key_values, kwargs)
         if past_key_values is not None:
             admit(self, past_key_values)
         turns = past_key_values is not None and self.kvshare_turns
@@ -575,7 +586,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
                     position_ids = torch.cat([slots, position_ids.expand(len(slots), -1)], 1)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        output = native.forward(self, input_ids, past_key_values=past_key_values, **kwargs)
+        output = native.forward(self, input_ids, **{cache: past_key_values}, **kwargs)
         if turns:
             leave(past_key_values, first)
         return output
@@ -586,6 +597,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
 @functools.cache
 def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of a decoder: it rotates once per forward for all layers of a kind."""
+    cache = cache_name(native)
 
     def forward(
         self: Any,
@@ -604,6 +616,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             if getattr(self, "hidden_size_per_layer_input", 0) and kwargs.get("per_layer_inputs") is None:
                 # of embeddings alone, the decoder would look for the tokens that have them
                 kwargs["per_layer_inputs"] = self.get_per_layer_inputs(input_ids)
+        past_key_values = cache_of(past_key_values, kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and self.training and getattr(self, "gradient_checkpointing", False):
             use_cache = False
@@ -628,9 +641,9 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             self,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **({} if "cache" in kwargs else {cache: past_key_values}),
             **kwargs,
         )
         if past_key_values is not None:
