@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers.models.llama import modeling_llama
 
 import kvshare
-from kvshare.runtime import NAMES
+from kvshare.runtime import NAMES, modeling_kvshare
 
 ROOT = Path(kvshare.__file__).parent
 CLI = ROOT.parent / "cli"
@@ -204,6 +206,20 @@ def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPat
     spec: Any = importlib.util.spec_from_file_location("kvshare.runtime.other", ROOT / "runtime" / "modeling_kvshare.py")
     with pytest.raises(ImportError, match=r"needs transformers 5.4 or later, and this is 5.3.0"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_what_transformers_has_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache by another name would be lost, and the model would attend to new tokens alone."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, hidden_states: Any, memory: Any = None) -> Any: ...
+
+    Attention.__module__ = "transformers.models.llama.modeling_llama"
+    with pytest.raises(ImportError, match="takes its cache by a name that this file does not know"):
+        modeling_kvshare._attention_class(Attention)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda states, sine, cosine: states)
+    with pytest.raises(ImportError, match="rotates in a way"):
+        modeling_kvshare._attention_class.__wrapped__(modeling_llama.LlamaAttention)
 
 
 def test_the_public_names_are_where_the_front_door_says() -> None:

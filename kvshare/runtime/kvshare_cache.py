@@ -13,13 +13,13 @@ import inspect
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .kvshare_bits import dequantise, quantise
 from .kvshare_channels import channels_on
+from .kvshare_classes import unknown
 
 ROOM = 64  # a growing cache has memory for up to a 64th more tokens than it holds, so that few are copied when one comes
 LONG = 256  # tokens from which on it is worth it
@@ -45,10 +45,7 @@ def cache_name(native: Any) -> str:
     named = inspect.signature(native.forward).parameters
     found = next((name for name in ("cache", "past_key_values", "layer_past") if name in named), None)
     if found is None:
-        raise ImportError(
-            f"{native.__name__} of transformers {transformers.__version__} takes no cache by a name that this file knows: use an "
-            "older version, or load the checkpoint without trust_remote_code, in its native form, whose cache is of full size"
-        )
+        raise unknown(native, "takes its cache by a name")
     return found
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import transformers
+
 
 def derived(make: Callable[[Any], Any], native: type, members: dict[str, Any]) -> Any:
     """A class that has its own name nowhere, so that its objects name the function that gives it when they are pickled.
@@ -27,6 +29,14 @@ def derived(make: Callable[[Any], Any], native: type, members: dict[str, Any]) -
 
     made: Any = type(native.__name__, (native,), {"__module__": make.__module__, "__reduce_ex__": reduce, **members})
     return made
+
+
+def unknown(native: Any, what: str) -> ImportError:
+    """That a class of this version of transformers does something that the shared form would get wrong."""
+    return ImportError(
+        f"{native.__name__} of transformers {transformers.__version__} {what} that this file does not know: use an older version, or "
+        "load the checkpoint without trust_remote_code, in its native form, whose cache is of full size"
+    )
 
 
 def _blank(make: Callable[[Any], Any], native: type) -> Any:

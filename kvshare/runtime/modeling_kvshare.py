@@ -36,7 +36,7 @@ from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, fir
 from .kvshare_bits import BITS, dequantise
 from .kvshare_cache import admit, cache_name, cache_of, page_positions, pages_of, read, through_pages, update
 from .kvshare_channels import channels_on, give_channels, save_channels
-from .kvshare_classes import derived
+from .kvshare_classes import derived, unknown
 from .kvshare_positions import follow, key_positions, leave
 from .kvshare_projections import (
     FusedProjection,
@@ -282,6 +282,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     rotate, eager = getattr(module, "apply_rotary_pos_emb", None), module.eager_attention_forward
     query_scale = getattr(module, "get_llama_4_attn_scale", None)
     cache = cache_name(native)
+    if rotate is not None and len(inspect.signature(rotate).parameters) < 4:  # gptj since transformers 5.24
+        raise unknown(native, "rotates in a way")
 
     def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
