@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .kvshare_bits import dequantise, quantise
@@ -30,8 +30,10 @@ def cache_of(given: Any, arguments: dict[str, Any]) -> Any:
     layer_past in some families, and since transformers 5.24 `cache`, as pages of continuous batching were called before; they stay.
     """
     for name in ("cache", "layer_past"):
-        if name in arguments and not hasattr(arguments[name], "layer_to_allocator"):
-            found = arguments.pop(name)
+        found = arguments.get(name)
+        pages = found is not None and (not isinstance(found, Cache) or hasattr(found, "layer_to_allocator"))
+        if name in arguments and not pages:
+            del arguments[name]
             given = found if given is None else given
     return given
 
