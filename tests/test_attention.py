@@ -213,6 +213,14 @@ def test_a_query_that_attends_to_nothing_gives_zero() -> None:
     assert got[1].abs().min() > 0
 
 
+def in_bits(model: Any, bits: int | None) -> Any:
+    """The model, with a cache in so many bits."""
+    decoder = model.get_decoder()
+    for module in (decoder, *(layer.self_attn for layer in decoder.layers)):
+        module.kvshare_bits = bits
+    return model
+
+
 def logits_of_steps(model: Any, ids: Tensor, mask: Tensor, steps: int, **settings: Any) -> Tensor:
     """Prefill, then `steps` tokens one by one, then the rest at once, into a padded batch's cache."""
     cache = settings.pop("cache", None) or transformers.DynamicCache(config=model.config)
@@ -331,10 +339,7 @@ def test_a_short_prompt_fills_a_static_cache(
     """Without a mask, which transformers leaves out where all new tokens are the first slots: those behind them hold nothing."""
     device = DEVICE if backend == "triton" else "cpu"
     model = model_of("llama-gqa").to(device)
-    decoder, logits = model.get_decoder(), []
-    decoder.kvshare_bits = bits
-    for layer in decoder.layers:
-        layer.self_attn.kvshare_bits = bits
+    decoder, logits = in_bits(model, bits).get_decoder(), []
     for chosen in ("eager", backend):
         monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.StaticCache(config=model.config, max_cache_len=300)
@@ -356,10 +361,7 @@ def test_defaults_of_torch_do_not_matter(
     if backend == "triton":
         kvshare_triton.problem_on.cache_clear()
     for dtype, default in ((torch.float32, None), (torch.bfloat16, "meta")):
-        model = model_of("qwen3").to(device)
-        model.get_decoder().kvshare_bits = bits
-        for layer in model.get_decoder().layers:
-            layer.self_attn.kvshare_bits = bits
+        model = in_bits(model_of("qwen3").to(device), bits)
         torch.set_default_dtype(dtype)
         torch.set_default_device(default)
         try:
