@@ -53,10 +53,10 @@ def shared_cache(module: nn.Module) -> nn.Module:
     for index, attention in attentions.items():
         layer: Any = cache.layers[index]
         batch, device, dtype = layer.keys.shape[0], layer.keys.device, layer.keys.dtype
-        heads = attention.kvshare_stored // attention.kvshare_repeat
-        heads = getattr(attention, "kvshare_heads", heads)
         layer.is_initialized = False
-        update(cache, torch.empty(batch, heads, 0, attention.head_dim, dtype=dtype, device=device), index, attention)
+        update(
+            cache, torch.empty(batch, attention.kvshare_heads, 0, attention.head_dim, dtype=dtype, device=device), index, attention
+        )
         holder.register_buffer(f"key_cache_{index}", layer.keys, persistent=False)
         holder.register_buffer(f"value_cache_{index}", layer.values, persistent=False)
     return module

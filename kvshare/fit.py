@@ -21,6 +21,7 @@ from kvshare.families import Family
 from kvshare.layout import pack
 from kvshare.merge import AttentionWeights
 from kvshare.orthogonal import HeadwiseMuon
+from kvshare.runtime.kvshare_cache import CACHE_NAMES
 from kvshare.sections import Fit
 
 WARMUP = 0.05  # fraction of the steps
@@ -83,7 +84,7 @@ def fit_layer(
     per_step = max(1, min(trained_rows, settings.batch_tokens // inputs.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    given = {name: value for name, value in call.arguments.items() if name not in ("cache", "past_key_values", "layer_past")}
+    given = {name: value for name, value in call.arguments.items() if name not in CACHE_NAMES}
     if "residual" in inspect.signature(attention.forward).parameters:  # bloom's attention adds it to its output
         given["residual"] = 0.0
 

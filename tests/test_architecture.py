@@ -203,7 +203,7 @@ def test_a_file_that_a_config_names_names_all_that_it_needs(entry: str) -> None:
 
 def test_a_transformers_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.3.0")
-    spec: Any = importlib.util.spec_from_file_location("kvshare.runtime.other", ROOT / "runtime" / "modeling_kvshare.py")
+    spec: Any = importlib.util.spec_from_file_location("kvshare.runtime.other", ROOT / "runtime" / "kvshare_classes.py")
     with pytest.raises(ImportError, match=r"needs transformers 5.4 or later, and this is 5.3.0"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvshare
-from kvshare.runtime.kvshare_cache import ROOM, appended
+from kvshare.runtime.kvshare_cache import CACHE_NAMES, ROOM, appended, cache_of, into_pages, passed_on
 
 IDS = torch.arange(100, 770)[None]  # of so many tokens, memory has room for ten more
 BITS = (None, 8, 4)
@@ -127,3 +127,29 @@ def test_modes_of_torch_may_change_between_steps(model_with: Callable[..., Any])
     parts[3].sum().backward()  # what it holds was not written over
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(parts, 1), model(IDS[:, :658]).logits, atol=1e-3, rtol=0)
+
+
+class Pages:
+    """As continuous batching hands them on; since transformers 5.24 attention fills them."""
+
+    def update(self, key: Tensor, value: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        kwargs["length"] = layer
+        return key + 1, value + 2
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_pages_are_told_from_caches(name: str) -> None:
+    """A cache comes by any name and goes by that of the native class; pages stay among the arguments until attention fills them."""
+    cache, pages = DynamicCache(), Pages()
+    for arguments, given in (({"cache": cache}, None), ({"layer_past": cache}, None), ({}, cache), ({"cache": None}, cache)):
+        assert cache_of(given, arguments) is cache
+        assert passed_on(name, cache, arguments) == {name: cache}
+    arguments = {"cache": pages, "scaling": 1.0}
+    assert cache_of(None, arguments) is None
+    assert passed_on(name, None, arguments) == {"cache": pages, "scaling": 1.0}
+    key, value = into_pages(name, torch.zeros(1), torch.zeros(1), 3, arguments)
+    if name == "cache":
+        assert (key.item(), value.item(), arguments) == (1, 2, {"scaling": 1.0, "length": 3})
+    else:
+        assert (key.item(), value.item(), arguments) == (0, 0, {"cache": pages, "scaling": 1.0})
+    assert into_pages(name, key, value, 3, {})[0] is key

@@ -23,6 +23,7 @@ from .kvshare_classes import unknown
 
 ROOM = 64  # a growing cache has memory for up to a 64th more tokens than it holds, so that few are copied when one comes
 LONG = 256  # tokens from which on it is worth it
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # what forwards of transformers call their cache
 
 
 def cache_of(given: Any, arguments: dict[str, Any]) -> Any:
@@ -45,10 +46,32 @@ def cache_name(native: Any) -> str:
         ImportError: nothing that is known, so that a cache would be lost on the way.
     """
     named = inspect.signature(native.forward).parameters
-    found = next((name for name in ("cache", "past_key_values", "layer_past") if name in named), None)
+    found = next((name for name in CACHE_NAMES if name in named), None)
     if found is None:
         raise unknown(native, "takes its cache by a name")
     return found
+
+
+def passed_on(name: str, given: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a native forward with the cache under the name that it has there; where these hold pages, as they are."""
+    return arguments if "cache" in arguments else {**arguments, name: given}
+
+
+def into_pages(name: str, key: Tensor, value: Tensor, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Put keys and values into pages of full size, where attention does that: since transformers 5.24, to which these are a cache.
+
+    Args:
+        name: what the native attention calls its cache.
+        key, value: of new tokens, (1, kv heads, new tokens, head_dim).
+        layer: its index.
+        arguments: for what computes attention; pages that were filled are taken out, and what is to be known of them is put in.
+
+    Returns:
+        of all slots, where pages were filled; otherwise key and value.
+    """
+    if name != "cache" or arguments.get("cache") is None:
+        return key, value
+    return arguments.pop("cache").update(key, value, layer, kwargs=arguments)
 
 
 def appended(held: Tensor, new: Tensor) -> Tensor:
@@ -176,9 +199,9 @@ def through_pages(shared: Tensor, layer: int, kwargs: dict[str, Any]) -> tuple[T
     return rows.transpose(0, 1)[None], left | lengths
 
 
-def page_positions(cache: Any, layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
+def page_positions(layer: int, kwargs: dict[str, Any], position_ids: Tensor) -> Tensor:
     """The position of every slot that attention reads from pages, (1, slots); of new tokens alone, where no others are read."""
-    allocator = pages_of(cache, layer)
+    allocator = pages_of(kwargs["cache"], layer)
     slots = 0 if allocator is None else kwargs["read_index"][allocator.index].numel()
     if not slots:
         return position_ids

@@ -2,7 +2,7 @@
 """Native classes with methods of the shared form.
 
 In: a native class and what is to be other in it. Out: a class under the native name, whose objects can be pickled and copied.
-Never: changes the native class.
+Never: changes the native class; goes on with a version of transformers that it would get wrong.
 """
 
 from __future__ import annotations
@@ -11,6 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
+
+if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 4):
+    raise ImportError(
+        "the form that a kvshare checkpoint brings with it needs transformers 5.4 or later, and this is "
+        f"{transformers.__version__}: update it, or load the checkpoint without trust_remote_code, in its native form, whose cache "
+        "is of full size"
+    )
 
 
 def derived(make: Callable[[Any], Any], native: type, members: dict[str, Any]) -> Any:

@@ -69,6 +69,11 @@ def _attended(mask: Any, past: int, new: int) -> Tensor | None:
     return mask.bool()
 
 
+def own_positions(given: Tensor | None, cache: Any, new: Tensor) -> Tensor:
+    """Of new tokens (batch, new tokens, ...): as given, or the next ones behind what is cached, (batch or 1, new tokens)."""
+    return (torch.arange(new.shape[1], device=new.device) + cache.get_seq_length())[None] if given is None else given
+
+
 def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
     """Take note of where new tokens stand, before a forward puts them into the cache; `leave` has to come behind it.
 
@@ -87,7 +92,8 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
     """
     device = position_ids.device
     if _traced(device):
-        if getattr(cache, "kvshare_apart", False):
+        seen = getattr(cache, "kvshare_seen", None)
+        if seen is not None and seen.positions is not None:
             raise ValueError(
                 "the tokens of this cache do not follow one another (padding on the right, gaps), and a forward that is compiled "
                 "or captured takes it that they do: pad on the left, or run the forward as it is"
@@ -127,7 +133,6 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
 
 def _note(cache: Any, tokens: int, offsets: Tensor, positions: Tensor | None, settled: bool) -> bool:
     cache.kvshare_seen = Seen(tokens, None, offsets, positions, settled)
-    cache.kvshare_apart = positions is not None
     return positions is None
 
 

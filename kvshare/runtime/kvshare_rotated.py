@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import LOGGER, Plan, attend, choose, first_of
 from .kvshare_bits import BITS, dequantise
-from .kvshare_cache import admit, cache_name, cache_of, update
+from .kvshare_cache import admit, cache_name, cache_of, into_pages, passed_on, update
 from .kvshare_classes import derived
 from .kvshare_projections import SharedProjection, ValueBias, outer_bias
 from .modeling_kvshare import (
@@ -142,10 +142,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             if scales is not None:
                 shared = dequantise(shared, scales, query.dtype)
             stock = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
-            key = value = shared
-            if cache == "cache" and kwargs.get("cache") is not None:  # pages, which attention fills since transformers 5.24
-                key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
-                del kwargs["cache"]
+            key, value = into_pages(cache, shared, shared, self.layer_idx, kwargs)
             output, weights = _by_stock(self, stock, query, key, value, attention_mask, kwargs)
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
@@ -205,8 +202,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             self.kvshare_choice = choice
             if choice.backend != "eager":
                 kwargs["kvshare_backend"] = choice.backend
-        named = {} if "cache" in kwargs else {cache: past_key_values}
-        return native.forward(self, inputs_embeds=inputs_embeds, **named, **kwargs)
+        return native.forward(self, inputs_embeds=inputs_embeds, **passed_on(cache, past_key_values, kwargs))
 
     return derived(_decoder_class, native, {"forward": forward, "is_custom_code": _standard})
 
@@ -227,7 +223,8 @@ def _rotate(model: Any) -> None:
     for layer, heads in zip(block["layers"], block.get("kv_heads") or [None] * len(block["layers"]), strict=True):
         attention = _attention(decoder.layers[layer])
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
-        rotate_attention(attention, stored // (heads or stored), bits)
+        attention.kvshare_heads = heads or stored
+        rotate_attention(attention, stored // attention.kvshare_heads, bits)
         value_bias = attention.v_proj.bias
         del attention.v_proj
         if value_bias is not None:

@@ -34,10 +34,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
 from .kvshare_bits import BITS, dequantise
-from .kvshare_cache import admit, cache_name, cache_of, page_positions, pages_of, read, through_pages, update
+from .kvshare_cache import (
+    admit,
+    cache_name,
+    cache_of,
+    into_pages,
+    page_positions,
+    pages_of,
+    passed_on,
+    read,
+    through_pages,
+    update,
+)
 from .kvshare_channels import channels_on, give_channels, save_channels
 from .kvshare_classes import derived, unknown
-from .kvshare_positions import follow, key_positions, leave
+from .kvshare_positions import follow, key_positions, leave, own_positions
 from .kvshare_projections import (
     FusedProjection,
     GroupedProjection,
@@ -58,13 +69,6 @@ if TYPE_CHECKING:  # older versions of transformers copy the files that this one
     from .kvshare_splits import join_kernel  # noqa: F401
     from .kvshare_tiles import numbers  # noqa: F401
     from .kvshare_triton import attend_on_gpu  # noqa: F401
-
-if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < (5, 4):
-    raise ImportError(
-        "the form that a kvshare checkpoint brings with it needs transformers 5.4 or later, and this is "
-        f"{transformers.__version__}: update it, or load the checkpoint without trust_remote_code, in its native form, whose cache "
-        "is of full size"
-    )
 
 FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
@@ -378,10 +382,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if value is None:
             value = _values_from_keys(self, shared)
 
-        # pages of full size, which attention fills since transformers 5.24
-        if cache == "cache" and pages is None and kwargs.get("cache") is not None:
-            key, value = kwargs["cache"].update(key, value, self.layer_idx, kwargs=kwargs)
-            del kwargs["cache"]
+        key, value = into_pages(cache, key, value, self.layer_idx, kwargs)
         # behind pages, the paged attention of transformers would take the new tokens in
         implementation = self.config._attn_implementation.removeprefix("" if pages is None else "paged|")
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
@@ -422,6 +423,7 @@ def _layer_class(native: type[nn.Module]) -> type[nn.Module]:
 def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with c_attn and c_proj, which does not rotate."""
     eager_attention = sys.modules[native.__module__].eager_attention_forward
+    cache = cache_name(native)
 
     def forward(
         self: Any,
@@ -438,7 +440,7 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
         if past_key_values is not None:
             shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
         _, key_bias, value_bias = outer_bias(self.c_attn, hidden_states).view(3, -1, 1, self.head_dim)
-        key, value = shared + key_bias, shared + value_bias
+        key, value = into_pages(cache, shared + key_bias, shared + value_bias, self.layer_idx, kwargs)
 
         implementation = self.config._attn_implementation
         if implementation == "eager" and self.reorder_and_upcast_attn:
@@ -519,7 +521,6 @@ class _TiedView(NamedTuple):
 def _tied_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class that makes K and V by one projection itself, and norms both (gemma4)."""
     rotate = sys.modules[native.__module__].apply_rotary_pos_emb
-
     cache = cache_name(native)
 
     def forward(
@@ -578,8 +579,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         turns = past_key_values is not None and self.kvshare_turns
         if turns:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            if position_ids is None:
-                position_ids = (torch.arange(given.shape[1], device=given.device) + past_key_values.get_seq_length())[None]
+            position_ids = own_positions(position_ids, past_key_values, given)
             first = next(iter(self.kvshare_kinds.values()))
             follow(past_key_values, first, position_ids, kwargs.get("attention_mask"))
             if getattr(self, "rotary_emb", None) is not None:
@@ -588,7 +588,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
                     position_ids = torch.cat([slots, position_ids.expand(len(slots), -1)], 1)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
-        output = native.forward(self, input_ids, **{cache: past_key_values}, **kwargs)
+        output = native.forward(self, input_ids, **passed_on(cache, past_key_values, kwargs))
         if turns:
             leave(past_key_values, first)
         return output
@@ -628,14 +628,11 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         in_order, first = True, next(iter(self.kvshare_kinds.values()), 0)
         if past_key_values is not None:
             admit(self, past_key_values)
-            new = inputs_embeds.shape[1]
-            if position_ids is None:
-                position_ids = (torch.arange(new, device=inputs_embeds.device) + past_key_values.get_seq_length())[None]
+            position_ids = own_positions(position_ids, past_key_values, inputs_embeds)
             in_order = follow(past_key_values, first, position_ids, attention_mask)
             positions = {kind: key_positions(past_key_values, layer, position_ids) for kind, layer in self.kvshare_kinds.items()}
         elif kwargs.get("cache") is not None and position_ids is not None:
-            pages = kwargs["cache"]
-            positions = {kind: page_positions(pages, layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
+            positions = {kind: page_positions(layer, kwargs, position_ids) for kind, layer in self.kvshare_kinds.items()}
         tables = cached_tables(self, inputs_embeds, positions, position_ids, in_order, kwargs)
         if tables:
             kwargs["key_position_embeddings"] = tables
@@ -645,8 +642,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **({} if "cache" in kwargs else {cache: past_key_values}),
-            **kwargs,
+            **passed_on(cache, past_key_values, kwargs),
         )
         if past_key_values is not None:
             leave(past_key_values, first)
