@@ -357,7 +357,7 @@ def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device:
             kept = [(layer.keys, layer.values) for layer in cache.layers]
             forward = model
             if way == "compiled":
-                model(input_ids=ids, past_key_values=cache)  # after which a kernel is known to work here
+                model(input_ids=ids, cache=cache)  # after which a kernel is known to work here
                 forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
             def step(forward: Any = forward, cache: Any = cache, kept: Any = kept, way: str = way) -> Tensor:
@@ -366,7 +366,7 @@ def whole_model(name: str, batch: int, context: int, dtype: torch.dtype, device:
                         layer.cumulative_length.fill_(context)
                     elif way == "graph":
                         layer.keys, layer.values = keys, other
-                return forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
+                return forward(input_ids=ids, cache=cache, use_cache=True).logits
 
             if way == "graph":
                 timers[which] = timer([step], device)

@@ -43,14 +43,14 @@ def generated(model: Any, inputs: dict[str, Any] | None = None, **settings: Any)
     """Tokens, and bytes of the cache."""
     torch.manual_seed(3)
     output = model.generate(**(inputs or {"input_ids": PROMPT}), **PLAIN | settings)
-    return output.sequences.tolist(), cache_bytes(output.past_key_values)
+    return output.sequences.tolist(), cache_bytes(output.cache)
 
 
 def continued(model: Any) -> tuple[Any, int]:
     """A second question into the cache of the first."""
     cache = DynamicCache(config=model.config)
-    first = model.generate(PROMPT, past_key_values=cache, **PLAIN).sequences
-    return generated(model, {"input_ids": torch.cat([first, PROMPT[:, :7]], 1)}, past_key_values=cache)
+    first = model.generate(PROMPT, cache=cache, **PLAIN).sequences
+    return generated(model, {"input_ids": torch.cat([first, PROMPT[:, :7]], 1)}, cache=cache)
 
 
 def batched(model: Any) -> tuple[Any, int]:
@@ -98,10 +98,10 @@ def decode_times(models: tuple[Any, Any], repeats: int) -> tuple[float, float]:
     for _ in range(repeats):
         for model, times in zip(models, found, strict=True):
             cache = DynamicCache(config=model.config)
-            ids = model(PROMPT, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = model(PROMPT, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
             for _ in range(NEW):
                 start = time.perf_counter()
-                ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                ids = model(ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
                 times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(found[0]), statistics.median(found[1])
 

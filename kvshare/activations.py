@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import mmap
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from kvshare.families import Family
 from kvshare.layout import pair_order
 from kvshare.memory import BATCH_TOKENS, IN_MEMORY
 from kvshare.moments import Attending
+from kvshare.runtime.kvshare_tables import rotation_of
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,6 @@ def _moved(value: Any, device: torch.device) -> Any:
 def rotary_dim(attention: Any, family: Family, call: LayerCall) -> int:
     """How many numbers of a head rope turns in this layer, 0 where it turns none."""
     tables = call.arguments.get("position_embeddings")
-    if hasattr(attention, "embed_positions"):  # its own table, of all positions
-        return int(attention.rotary_dim or attention.head_dim)
     if tables is None or call.arguments.get("alibi") is not None or not _rotates(attention, family):
         return 0
     return int(tables[0].shape[-1]) * (2 if family.half_tables else 1)
@@ -169,8 +167,7 @@ def attending(attention: Any, family: Family, call: LayerCall, turned: int, inpu
     Args:
         attention: its module in transformers has `apply_rotary_pos_emb`, if rope turns any numbers.
         family: of the layer.
-        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), or `position_ids` (1, tokens) where attention has
-            a table of its own; and the mask, if attention is more than causal.
+        call: holds `position_embeddings`, cos and sin (1, tokens, rotated width), and the mask, if attention is more than causal.
         turned: how many numbers of a head rope turns, the first ones.
         inputs: hidden states (..., tokens, hidden), on the device where attention is computed.
     """
@@ -191,24 +188,16 @@ def attending(attention: Any, family: Family, call: LayerCall, turned: int, inpu
     how = Attending(lambda x, _at: x, lambda x, _at: x, visible, _scaling(attention), softcap, sinks, bias)
     if not turned:
         return how
-    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    if hasattr(attention, "embed_positions"):
-        sin, cos = attention.embed_positions[call.arguments["position_ids"]].chunk(2, -1)
-    else:
-        cos, sin = call.arguments["position_embeddings"]
-
-    def apply(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if hasattr(attention, "embed_positions"):
-            return rotary(x.transpose(1, 2), sin, cos).transpose(1, 2)
-        return rotary(x, x, cos, sin)[1]
-
+    rotary = rotation_of(type(attention))
+    tables = call.arguments["position_embeddings"]
+    cos, sin = tables[::-1] if family.sines_first else tables
     order = pair_order(turned, turned).to(device)
 
     def turn(x: Tensor, at: Tensor, sign: int) -> Tensor:
         first = x[..., :turned]
         if family.interleaved:
             first = first[..., order.argsort()]
-        moved = apply(first, cos[:, at], sign * sin[:, at])
+        moved = rotary(first, first, cos[:, at], sign * sin[:, at])[1]
         return torch.cat([moved[..., order] if family.interleaved else moved, x[..., turned:]], -1)
 
     return replace(how, rotate=lambda x, at: turn(x, at, 1), unrotate=lambda x, at: turn(x, at, -1))

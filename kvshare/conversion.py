@@ -41,7 +41,7 @@ from kvshare.loading import load_native, reload
 from kvshare.memory import needs_whole
 from kvshare.merged import layer_reports, weight_sums, write_merged
 from kvshare.mixture import parts_of
-from kvshare.native import native_class
+from kvshare.native import require_form
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.quality import check_quality, measure
@@ -206,14 +206,14 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     """Everything that can be refused before a weight is read; returns the tokenizer.
 
     Raises:
-        KVShareError: see the modules `checkpoint` and `data`.
+        KVShareError: see the modules `checkpoint`, `data` and `loading`.
     """
     if not is_published(target, read_journal(work_folder(target) / JOURNAL)):
         check_output(target, plan.source.path, overwrite)
     check_space(target, plan.disk_bytes)
     if plan.recipe.calibration.statistics is not None:
         open_statistics(plan.recipe.calibration.statistics, plan)
-    native_class(plan.source.path, plan.source.tensors)
+    require_form(plan.source, plan.family)
     if plan.recipe.heal.enabled:
         check_healing(plan.recipe.heal, plan.family)
     return tokenizer_for(plan.source.path, data_used(plan.recipe))

@@ -34,7 +34,7 @@ START = 8.0  # seconds until the libraries are there
 
 def estimate_seconds(plan: Plan) -> dict[str, float]:
     """Seconds by stage, `starting` and `copying` among them; a stage that does not happen is left out."""
-    rate = EFFICIENCY * product_rate(int(plan.config[plan.family.field("hidden_size", plan.config)]))
+    rate = EFFICIENCY * product_rate(plan.family.number("hidden_size", plan.config))
     seconds = {stage: operations / rate for stage, operations in stage_operations(plan).items() if operations}
     if "merging" in seconds:
         seconds["merging"] += STEP_SECONDS * plan.layers * sum(closed_form_steps(plan).values())
@@ -76,7 +76,7 @@ def _product_on_gpu(rows: int, hidden: int) -> Callable[[], object]:
 def stage_operations(plan: Plan) -> dict[str, float]:
     """Floating-point operations of each stage, those in float64 counted twice."""
     recipe = plan.recipe
-    config = {name: int(plan.config[plan.family.field(name, plan.config)]) for name in ("hidden_size", "num_attention_heads")}
+    config = {name: plan.family.number(name, plan.config) for name in ("hidden_size", "num_attention_heads")}
     matrices = [tensor.source for tensor in plan.tensors if len(tensor.source.shape) > 1]
     layers = [spec for spec in matrices if plan.family.stack in spec.name.split(".")]
     weights = sum(math.prod(spec.shape) for spec in layers)

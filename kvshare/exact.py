@@ -17,6 +17,7 @@ from torch import Tensor
 from kvshare.errors import UnsupportedModelError
 from kvshare.planning import Plan
 from kvshare.progress import Progress
+from kvshare.runtime.kvshare_attention import ATTENTIONS, first_of, layers_of
 from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.runtime.modeling_kvshare import VALUE_ERROR, exact_maps, round_keys
 from kvshare.source import ITEM_BYTES
@@ -87,7 +88,7 @@ def through_cache(model: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """
     from transformers import DynamicCache
 
-    attentions = [layer.self_attn for layer in model.get_decoder().layers]
+    attentions = [first_of(layer, ATTENTIONS) for layer in layers_of(model.get_decoder())]
     maps = [exact_maps(attention.k_proj.weight, attention.v_proj.weight, dtype) for attention in attentions]
 
     class Rounding(DynamicCache):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.mixture import uses_self
-from kvshare.native import is_rotated, native_class, read_config
+from kvshare.native import is_rotated, native_class, outlined, read_config
 from kvshare.parsing import shown
 from kvshare.source import read_json, read_tensor_specs, weight_files
 from kvshare.tensors import read_tensor
@@ -66,13 +66,7 @@ def outline(checkpoint: Path) -> Any:
     Raises:
         BadCheckpointError, UnsupportedModelError: as for `load`.
     """
-    from transformers.initialization import no_init_weights
-
-    loader, config = _shared_class(checkpoint), read_config(checkpoint)
-    with no_init_weights(), torch.device("meta"):
-        model = loader(config)
-        model.tie_weights()
-    return model
+    return outlined(_shared_class(checkpoint), read_config(checkpoint))
 
 
 def _shared_class(folder: Path) -> Any:

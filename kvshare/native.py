@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
-from kvshare.families import family_of
+from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
 from kvshare.parsing import is_file, shown
 from kvshare.runtime import ROTATED
@@ -178,3 +178,34 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
             "download or convert the model again",
         )
     return type(model)
+
+
+def require_form(source: Source, family: Family) -> None:
+    """Refuse a model that stock transformers cannot load, or whose shared form this version of it does not allow.
+
+    Raises:
+        BadCheckpointError, UnsupportedModelError: as for `native_class`, and as above.
+    """
+    from kvshare.runtime.modeling_kvshare import shared_class
+
+    native, config = native_class(source.path, source.tensors), read_config(source.path)
+    layers = geometry_of(source.config, family, source.name).attention
+    config.kvshare = {"form": "shared", "layers": [*layers]}
+    try:
+        outlined(shared_class(native), config)
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{source.name} has no shared form in the transformers that is installed",
+            str(error).partition(": ")[0],
+            "install the version that kvshare is tested with (README names it)",
+        ) from error
+
+
+def outlined(loader: Any, config: Any) -> Any:
+    """What a class makes of a config, with names and shapes and no weights: everything lies on the meta device."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        model = loader(config)
+        model.tie_weights()
+    return model

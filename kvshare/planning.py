@@ -98,7 +98,7 @@ class Plan:
     @property
     def memory_bytes(self) -> int:
         """An estimate of peak memory, see `peak_memory`."""
-        hidden = int(self.config[self.family.field("hidden_size", self.config)])
+        hidden = self.family.number("hidden_size", self.config)
         prefix = self.family.attention.partition("{layer}")[0] + "0."
         return peak_memory(self.recipe, [tensor.source for tensor in self.tensors], prefix, self.layers, hidden)
 
@@ -111,7 +111,7 @@ class Plan:
         if self.recipe.init != "exact":
             return 0
         width = 4 if ITEM_BYTES[self.source.tensors[self.family.weight(0, "k")].dtype] == 2 else 8
-        return self.layers * int(self.config["hidden_size"]) ** 2 * width * 4 // 3
+        return self.layers * self.family.number("hidden_size", self.config) ** 2 * width * 4 // 3
 
     @property
     def decode_multiply_adds(self) -> int:
@@ -121,12 +121,16 @@ class Plan:
         """
         if self.recipe.init != "exact":
             return 0
-        return self.layers * int(self.config["num_attention_heads"]) * (int(self.config["hidden_size"]) - self.head_dim)
+        return (
+            self.layers
+            * self.family.number("num_attention_heads", self.config)
+            * (self.family.number("hidden_size", self.config) - self.head_dim)
+        )
 
     @property
     def decode_overhead(self) -> float:
         """`decode_multiply_adds` relative to native attention's: head_dim each for score and value of every query head."""
-        query_heads = int(self.config[self.family.field("num_attention_heads", self.config)])
+        query_heads = self.family.number("num_attention_heads", self.config)
         return self.decode_multiply_adds / (2 * self.layers * query_heads * self.head_dim)
 
     def to_dict(self) -> dict[str, Any]:

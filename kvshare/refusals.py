@@ -61,7 +61,7 @@ def require_exact(source: Source, family: Family, geometry: Geometry, heads: int
         UsageError: heads are to be merged.
     """
     source_heads, head_dim, hidden = geometry.kv_heads, geometry.head_dim, geometry.hidden
-    if not family.exact_form or len(geometry.attention) < geometry.layers:
+    if len(geometry.attention) < geometry.layers:
         raise UnsupportedModelError(
             f"{source.name} has no exact form",
             f"the exact form does not know the attention of {family.model_type} models",

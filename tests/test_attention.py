@@ -229,13 +229,13 @@ def logits_of_steps(model: Any, ids: Tensor, mask: Tensor, steps: int, **setting
     for part in ids.split(sizes, 1):
         seen += part.shape[1]
         positions = (mask[:, :seen].cumsum(-1) - 1).clamp(min=0)[:, -part.shape[1] :]
-        parts.append(model(part, attention_mask=mask[:, :seen], position_ids=positions, past_key_values=cache).logits)
+        parts.append(model(part, attention_mask=mask[:, :seen], position_ids=positions, cache=cache).logits)
     return torch.cat(parts, 1)
 
 
 # no kernel knows these: norms of all heads as one, norms that subtract a mean, clipped keys
 # layers that do not rotate, or make their own keys
-WITHOUT = {"gpt2", "opt", "bloom", "falcon", "falcon-alibi", "falcon-one-head", "gptj", "granitemoehybrid"}
+WITHOUT = {"gpt2", "opt", "bloom", "falcon", "falcon-alibi", "falcon-one-head", "granitemoehybrid"}
 REFUSED = {"olmo": "clipped", "olmo2": "each head", "olmo3": "each head", "olmoe": "each head"}
 
 
@@ -306,7 +306,7 @@ def test_scaled_ropes(model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPa
     for chosen in ("eager", backend):
         monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.DynamicCache(config=model.config)
-        parts = [model(part, past_key_values=cache).logits for part in ids.split([14, *[1] * 4], 1)]
+        parts = [model(part, cache=cache).logits for part in ids.split([14, *[1] * 4], 1)]
         assert model.get_decoder().kvshare_choice.backend == chosen
         logits.append(torch.cat(parts, 1))
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
@@ -343,7 +343,7 @@ def test_a_short_prompt_fills_a_static_cache(
     for chosen in ("eager", backend):
         monkeypatch.setenv(kvshare_attention.VARIABLE, chosen)
         cache = transformers.StaticCache(config=model.config, max_cache_len=300)
-        logits.append(model(torch.arange(100, 107, device=device)[None], past_key_values=cache).logits)
+        logits.append(model(torch.arange(100, 107, device=device)[None], cache=cache).logits)
         assert decoder.kvshare_choice.backend == chosen
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
@@ -366,7 +366,7 @@ def test_defaults_of_torch_do_not_matter(
         torch.set_default_device(default)
         try:
             cache = transformers.DynamicCache(config=model.config)
-            parts = [model(part, past_key_values=cache).logits for part in ids.split([13, 1, 1], 1)]
+            parts = [model(part, cache=cache).logits for part in ids.split([13, 1, 1], 1)]
         finally:
             torch.set_default_dtype(torch.float32)
             torch.set_default_device(None)
@@ -398,8 +398,8 @@ def test_a_kernel_is_one_operation_of_a_compiled_forward(
 
     def logits(forward: Any) -> list[Tensor]:
         cache = transformers.StaticCache(config=model.config, max_cache_len=300)
-        model(ids[:, :12], past_key_values=cache)  # tries the kernel
-        return [forward(part, past_key_values=cache).logits for part in ids[:, 12:].split(1, 1)]
+        model(ids[:, :12], cache=cache)  # tries the kernel
+        return [forward(part, cache=cache).logits for part in ids[:, 12:].split(1, 1)]
 
     monkeypatch.setenv(kvshare_attention.VARIABLE, "eager")
     expected = logits(model)
@@ -417,7 +417,7 @@ def test_a_kernel_is_one_operation_of_a_compiled_forward(
     if key == "qwen2":  # what no kernel can do is left to eager attention here, too
         calls = 0
         model.train()
-        forward(ids[:, :1], past_key_values=transformers.StaticCache(config=model.config, max_cache_len=300))
+        forward(ids[:, :1], cache=transformers.StaticCache(config=model.config, max_cache_len=300))
         assert calls == 0
 
 
@@ -429,8 +429,8 @@ def test_the_choice_and_its_reason(model_of: Callable[..., Any], monkeypatch: py
     decoder = model.get_decoder()
 
     def chosen(tokens: int, new: int = 1, **settings: Any) -> Any:
-        cache = model(torch.arange(tokens)[None], use_cache=True).past_key_values
-        model(torch.arange(new)[None], past_key_values=cache, **settings)
+        cache = model(torch.arange(tokens)[None], use_cache=True).cache
+        model(torch.arange(new)[None], cache=cache, **settings)
         return decoder.kvshare_choice
 
     assert chosen(300) == ("compiled", "1 new of 301 tokens on cpu in torch.float32")

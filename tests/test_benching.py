@@ -50,7 +50,7 @@ def test_quartiles() -> None:
 
 def test_models_run_in_turns_and_ratios_are_paired(monkeypatch: pytest.MonkeyPatch, source_folder: Callable[[str], Path]) -> None:
     model, source = (load_native(source_folder("llama-gqa")) for _ in range(2))
-    cache = model(input_ids=torch.zeros(2, 10, dtype=torch.int64), use_cache=True).past_key_values
+    cache = model(input_ids=torch.zeros(2, 10, dtype=torch.int64), use_cache=True).cache
     order: list[str] = []
 
     def timed(one: Any, *_: Any) -> Pass:

@@ -46,7 +46,7 @@ def test_a_model_reads_its_cache_as_it_was_rounded(
     model = kvshare.load(folder, dtype=torch.float32, cache_bits=bits)
     expected = through_quantised_cache(kvshare.load(folder, dtype=torch.float32), bits)(PROMPT)
     cache = transformers.DynamicCache(config=model.config)
-    parts = [model(part, past_key_values=cache).logits for part in PROMPT.split([9, *[1] * 8, PROMPT.shape[1] - 17], 1)]
+    parts = [model(part, cache=cache).logits for part in PROMPT.split([9, *[1] * 8, PROMPT.shape[1] - 17], 1)]
     # the least difference in a hidden state may round a number of the next layer the other way
     assert float((torch.cat(parts, 1) - expected).square().mean()) < 1e-3 * float(expected.square().mean())
     kept = [layer.keys.shape[:3].numel() for layer in cache.layers]
@@ -60,22 +60,22 @@ def test_caches_of_all_kinds_hold_integers(converted_folder: Callable[..., Path]
     expected = model.generate(PROMPT, **SETTINGS)
     static = model.generate(PROMPT, cache_implementation="static", disable_compile=True, **SETTINGS)
     assert torch.equal(static.sequences, expected.sequences)
-    assert {layer.keys.dtype for layer in static.past_key_values.layers} == {torch.int8}
-    assert {layer.values.dtype for layer in static.past_key_values.layers} == {torch.float16}
+    assert {layer.keys.dtype for layer in static.cache.layers} == {torch.int8}
+    assert {layer.values.dtype for layer in static.cache.layers} == {torch.float16}
     model.generate(PROMPT, num_beams=3, **SETTINGS)
-    cache = expected.past_key_values
-    assert cache_bytes(cache) == quantised_bytes(whole.generate(PROMPT, **SETTINGS).past_key_values, 8)
+    cache = expected.cache
+    assert cache_bytes(cache) == quantised_bytes(whole.generate(PROMPT, **SETTINGS).cache, 8)
 
 
 @torch.no_grad()
 def test_what_does_not_go_together_is_refused(converted_folder: Callable[..., Path]) -> None:
     folder = converted_folder("tiny")
     eight, whole = kvshare.load(folder, cache_bits=8), kvshare.load(folder)
-    filled: Tensor = eight(PROMPT).past_key_values
+    filled: Tensor = eight(PROMPT).cache
     with pytest.raises(ValueError, match="filled with 8 bits, and the model keeps all"):
-        whole(PROMPT[:, :1], past_key_values=filled)
+        whole(PROMPT[:, :1], cache=filled)
     with pytest.raises(ValueError, match="quantises by itself"):
-        eight(PROMPT, past_key_values=transformers.QuantizedCache("fp8", eight.config))
+        eight(PROMPT, cache=transformers.QuantizedCache("fp8", eight.config))
     with pytest.raises(UsageError, match="8 or 4"):
         kvshare.load(folder, cache_bits=5)
     with pytest.raises(UsageError, match="exact form"):

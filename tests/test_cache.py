@@ -59,11 +59,9 @@ def test_a_step_of_decoding_copies_nothing_but_its_token(model_with: Callable[..
     model = model_with(bits)
     cache, places = DynamicCache(config=model.config), []
     for part in IDS.split([660, *[1] * 5, 5], 1):
-        logits = model(part, past_key_values=cache).logits
+        logits = model(part, cache=cache).logits
         places.append([(layer.keys.data_ptr(), layer.keys.shape[2], layer.values.shape[2]) for layer in cache.layers])
-    torch.testing.assert_close(
-        logits, model(IDS, past_key_values=DynamicCache(config=model.config)).logits[:, -5:], atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(logits, model(IDS, cache=DynamicCache(config=model.config)).logits[:, -5:], atol=1e-3, rtol=0)
     for first, *others in zip(*places[1:-1], strict=True):
         assert others == [(first[0], first[1] + step, first[2] + step) for step in range(1, 5)]
 
@@ -77,7 +75,7 @@ def test_branches_of_a_cache_do_not_meet(model_with: Callable[..., Any], bits: i
     def filled() -> Any:
         cache = DynamicCache(config=model.config)
         for part in IDS[:, :652].split([650, 1, 1], 1):
-            model(part, past_key_values=cache)
+            model(part, cache=cache)
         return cache
 
     def shallow(cache: Any) -> Any:
@@ -88,7 +86,7 @@ def test_branches_of_a_cache_do_not_meet(model_with: Callable[..., Any], bits: i
     def cropped(cache: Any) -> Any:
         other = shallow(cache)
         other.crop(-2)
-        model(IDS[:, 650:652], past_key_values=other)
+        model(IDS[:, 650:652], cache=other)
         return other
 
     def reordered(cache: Any) -> Any:
@@ -98,13 +96,13 @@ def test_branches_of_a_cache_do_not_meet(model_with: Callable[..., Any], bits: i
 
     def offered(cache: Any) -> Any:
         kept, other = [(layer.keys, layer.values) for layer in cache.layers], shallow(cache)
-        model(IDS[:, 660:662], past_key_values=other)
+        model(IDS[:, 660:662], cache=other)
         for layer, (keys, values) in zip(other.layers, kept, strict=True):
             layer.keys, layer.values = keys, values
         return other
 
     def through(cache: Any, first: int) -> Tensor:
-        return torch.cat([model(part, past_key_values=cache).logits for part in IDS[:, first : first + 3].split(1, 1)], 1)
+        return torch.cat([model(part, cache=cache).logits for part in IDS[:, first : first + 3].split(1, 1)], 1)
 
     def walked(caches: list[Any]) -> list[Tensor]:
         begun = [through(cache, first) for cache, first in zip(caches, (20, 40), strict=True)]
@@ -122,7 +120,7 @@ def test_modes_of_torch_may_change_between_steps(model_with: Callable[..., Any])
     parts = []
     for part, mode in zip(IDS[:, :658].split([650, 2, 2, 2, 2], 1), (*modes, torch.no_grad), strict=True):
         with mode():
-            parts.append(model(part, past_key_values=cache).logits)
+            parts.append(model(part, cache=cache).logits)
     assert parts[3].requires_grad
     parts[3].sum().backward()  # what it holds was not written over
     with torch.no_grad():

@@ -95,7 +95,7 @@ def test_channels_are_those_of_what_is_cached(
     found = take_channels(folder, rows, CPU)
     cache = transformers.DynamicCache()
     model = kvshare.load(folder, dtype=torch.float32)
-    model(rows, past_key_values=cache)
+    model(rows, cache=cache)
     assert sorted(found) == model.config.kvshare["layers"]
     for layer, (middle, size) in found.items():
         cached = cache.layers[layer].keys.transpose(0, 1).flatten(1, 2)
@@ -157,7 +157,7 @@ def test_one_graph_reads_channels(converted_folder: Callable[..., Path]) -> None
     logits = []
     for forward in (model.forward, torch.compile(model.forward, backend="eager", fullgraph=True)):
         cache = transformers.StaticCache(config=model.config, max_cache_len=40)
-        logits += [forward(input_ids=part, past_key_values=cache).logits for part in PROMPT[:, :20].split([19, 1], 1)]
+        logits += [forward(input_ids=part, cache=cache).logits for part in PROMPT[:, :20].split([19, 1], 1)]
     for eager, compiled in zip(logits[:2], logits[2:], strict=True):  # the least difference may round a number the other way
         assert float((eager - compiled).square().mean()) < 1e-3 * float(eager.square().mean())
 

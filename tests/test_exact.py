@@ -46,7 +46,7 @@ def in_parts(model: Any, ids: Tensor, *sizes: int) -> Tensor:
     """Logits of a row that goes through a cache in parts of these sizes."""
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)], dim=1)
+        return torch.cat([model(part, cache=cache).logits for part in ids.split(sizes, dim=1)], dim=1)
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def test_a_compiled_forward_has_no_graph_breaks(model: Any) -> None:
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        model(ids[:, :10], past_key_values=cache)
-        got = [compiled(part, past_key_values=cache).logits for part in ids[:, 10:].split(1, dim=1)]
+        model(ids[:, :10], cache=cache)
+        got = [compiled(part, cache=cache).logits for part in ids[:, 10:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 10:], atol=1e-4, rtol=0)
 
 
@@ -223,7 +223,7 @@ def test_gradients_pass_the_rounding(model: Any) -> None:
     for net, through in ((native, False), (model, True)):
         parts = embedded.split([3, embedded.shape[1] - 3], dim=1) if through else [embedded]
         cache = transformers.DynamicCache(config=net.config)
-        logits = torch.cat([net(inputs_embeds=part, past_key_values=cache).logits for part in parts], dim=1)
+        logits = torch.cat([net(inputs_embeds=part, cache=cache).logits for part in parts], dim=1)
         gradients.append(torch.autograd.grad(logits[..., :50].square().mean(), embedded)[0])
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-3)
 

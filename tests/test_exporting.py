@@ -54,7 +54,7 @@ def test_a_program_with_a_small_cache(
         if position >= IDS.shape[1] - 1:
             tokens.append(int(logits[0, -1].argmax()))
     assert tokens == run.sequences[0].tolist()
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.past_key_values.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers)
     assert bytes_of_cache(program) * (IDS.shape[1] + 11) == held * SLOTS
 
 

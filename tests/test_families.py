@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.models.gptj import modeling_gptj
 
 import kvshare
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
@@ -21,6 +22,7 @@ from kvshare.layout import pack
 from kvshare.paged import shared_pages
 from kvshare.passes import attention_of
 from kvshare.recipe import Recipe
+from kvshare.runtime import modeling_kvshare
 from kvshare.source import open_source
 from kvshare.tensors import read_tensor
 from kvshare.training import _lora_targets, _modules
@@ -70,14 +72,14 @@ def test_a_family(source_folder: Callable[[str], Path], forms: Callable[[str, st
     # the shared form is the native form, at once and through a cache that was filled before
     torch.testing.assert_close(shared(**inputs).logits[real], got[real], atol=1e-4, rtol=0)
     cache = DynamicCache(config=shared.config)
-    parts = [shared(part, past_key_values=cache).logits for part in ids[:1].split(9, dim=1)]
+    parts = [shared(part, cache=cache).logits for part in ids[:1].split(9, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), native(ids[:1]).logits, atol=1e-4, rtol=0)
 
     settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
     expected, given = native.generate(**inputs, **settings), shared.generate(**inputs, **settings)
     assert torch.equal(expected.sequences, given.sequences)
     parts = 2 * (2 if key == "falcon" else 1)  # natively, falcon caches each KV head once for every query head that it serves
-    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+    assert parts * cached_numbers(given.cache) == cached_numbers(expected.cache)
 
     # and it can be healed
     family = family_of(shared.config.model_type)
@@ -108,7 +110,7 @@ def test_a_family_with_fewer_heads(
     expected, given = native(ids), shared(ids)
     torch.testing.assert_close(given.logits, expected.logits, atol=1e-4, rtol=0)
     parts = 2 * (4 if key == "falcon" else 1)
-    assert parts * cached_numbers(given.past_key_values) == cached_numbers(expected.past_key_values)
+    assert parts * cached_numbers(given.cache) == cached_numbers(expected.cache)
     assert family_of(shared.config.model_type).kv_heads_of(shared.config.to_dict(), 4) == 1
 
 
@@ -182,15 +184,13 @@ def test_keys_and_values_of_one_projection_are_cached_once(
     wanted = native(ids, attention_mask=mask).logits
     assert torch.equal(shared(ids, attention_mask=mask).logits[mask.bool()], wanted[mask.bool()])
     cache = DynamicCache(config=shared.config)
-    parts = [shared(part, past_key_values=cache).logits for part in ids[:1].split(9, dim=1)]
+    parts = [shared(part, cache=cache).logits for part in ids[:1].split(9, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), wanted[:1], atol=1e-4, rtol=0)
     settings = {"max_new_tokens": 16, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
     for more in ({}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}):
         expected, given = (model.generate(ids, attention_mask=mask, **settings, **more) for model in (native, shared))
         assert torch.equal(expected.sequences, given.sequences)
-        for layer, (full, part) in enumerate(
-            zip(expected.past_key_values.layers[:4], given.past_key_values.layers[:4], strict=True)
-        ):
+        for layer, (full, part) in enumerate(zip(expected.cache.layers[:4], given.cache.layers[:4], strict=True)):
             assert part.keys.numel() == full.keys.numel() == full.values.numel()
             assert part.values.numel() == (0 if layer in (1, 3) else full.values.numel())
 
@@ -209,7 +209,7 @@ def test_keys_and_values_of_one_projection_by_remote_code(forms: Callable[[str, 
     with torch.no_grad():
         found = remote(ids, use_cache=True)
         assert torch.equal(found.logits, loaded(folder)(ids).logits)
-    assert found.past_key_values.layers[1].values.shape[-1] == 0
+    assert found.cache.layers[1].values.shape[-1] == 0
 
 
 def test_one_projection_is_measured_and_said_in_the_card(
@@ -275,6 +275,25 @@ def test_one_projection_by_the_words_of_a_config(source_folder: Callable[[str], 
 def test_heads_that_no_config_counts_are_not_merged(source_folder: Callable[[str], Path], key: str) -> None:
     with pytest.raises(kvshare.KVShareError, match="take kv_heads all"):
         kvshare.plan(source_folder(key), cache_budget=0.6)
+
+
+def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight_is_read(
+    source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_file: str
+) -> None:
+    """gptj before transformers 5.24 has no attention function to be given."""
+    monkeypatch.delattr(modeling_gptj, "eager_attention_forward")
+    monkeypatch.setattr(
+        modeling_kvshare, "_attention_class", modeling_kvshare._attention_class.__wrapped__
+    )  # as if for the first time
+    source = source_folder("gptj")
+    for verb in (
+        lambda: kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_mode="off"),
+        lambda: kvshare.inspect(source, tmp_path / "out", data=text_file, tokens=256),
+        lambda: kvshare.calibrate(source, tmp_path / "out", data=text_file, tokens=256),
+    ):
+        with pytest.raises(UnsupportedModelError, match=r"GPTJAttention of transformers 5\.\S+ attends in a way"):
+            verb()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_cached_as_one_already_is_refused() -> None:

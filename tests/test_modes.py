@@ -34,8 +34,8 @@ def assisted(model: Any) -> Any:
 def continued(model: Any) -> Any:
     """A second question into the cache of the first."""
     cache = DynamicCache(config=model.config)
-    first = model.generate(PROMPT, past_key_values=cache, **SETTINGS).sequences
-    return model.generate(torch.cat([first, PROMPT[:, :7]], 1), past_key_values=cache, **SETTINGS)
+    first = model.generate(PROMPT, cache=cache, **SETTINGS).sequences
+    return model.generate(torch.cat([first, PROMPT[:, :7]], 1), cache=cache, **SETTINGS)
 
 
 def embedded(model: Any) -> Any:
@@ -63,7 +63,7 @@ def test_tokens_equal_native(converted_folder: Callable[..., Path], monkeypatch:
         found.append(MODES[mode](model))
     native, shared = found
     assert torch.equal(native.sequences, shared.sequences)
-    assert 2 * cache_bytes(shared.past_key_values) == cache_bytes(native.past_key_values)
+    assert 2 * cache_bytes(shared.cache) == cache_bytes(native.cache)
 
 
 @pytest.mark.usefixtures("compiling")
@@ -75,7 +75,7 @@ def test_one_graph_with_a_static_cache(converted_folder: Callable[..., Path], ke
     for model, forward in ((native, native.forward), (shared, torch.compile(shared.forward, backend="eager", fullgraph=True))):
         cache, ids, given = StaticCache(config=model.config, max_cache_len=40), PROMPT, []
         for _ in range(8):
-            ids = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            ids = forward(input_ids=ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
             given.append(int(ids))
         tokens.append(given)
     assert tokens[0] == tokens[1]
@@ -87,7 +87,7 @@ def test_bfloat16(converted_folder: Callable[..., Path]) -> None:
     exact = AutoModelForCausalLM.from_pretrained(converted_folder("tiny"), dtype=torch.float32)(PROMPT).logits
     errors = [float((model(PROMPT).logits.float() - exact).square().mean()) for model in (native, shared)]
     assert errors[1] < 1.5 * errors[0]
-    expected, given = (model.generate(PROMPT, **SETTINGS).past_key_values for model in (native, shared))
+    expected, given = (model.generate(PROMPT, **SETTINGS).cache for model in (native, shared))
     assert 2 * cache_bytes(given) == cache_bytes(expected)
 
 
@@ -110,7 +110,7 @@ def test_quantised_caches(converted_folder: Callable[..., Path], backend: str) -
         cache = QuantizedCache("fp8", model.config)
         if backend == "groups":
             cache.layers = [InHalves(residual_length=4) for _ in cache.layers]
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in PROMPT.split(3, dim=1)], 1)
+        logits = torch.cat([model(part, cache=cache).logits for part in PROMPT.split(3, dim=1)], 1)
         whole = model(PROMPT, use_cache=False).logits
         assert float((logits - whole).square().mean()) < 0.02 * float(whole.square().mean())
         parts = [part for layer in cache.layers for part in (layer._quantized_keys, layer._quantized_values)]
@@ -124,9 +124,9 @@ def test_a_cache_with_values_is_refused(converted_folder: Callable[..., Path]) -
     native, shared = pair(converted_folder("tiny"))
     with pytest.raises(ValueError, match="prefix tuning"):
         get_peft_model(shared, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))(PROMPT)
-    filled = native(PROMPT, use_cache=True).past_key_values
+    filled = native(PROMPT, use_cache=True).cache
     with pytest.raises(ValueError, match="the native class has filled"):
-        shared(PROMPT[:, :1], past_key_values=filled)
+        shared(PROMPT[:, :1], cache=filled)
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -168,7 +168,7 @@ def test_ropes(tmp_path: Path, rope: str) -> None:
 
     def by_steps(model: Any) -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split([9, 1, 14], 1)], 1)
+        return torch.cat([model(part, cache=cache).logits for part in ids.split([9, 1, 14], 1)], 1)
 
     # shared, cached keys are rotated as the forward without a cache does it; natively, they keep the frequencies they came in with.
     # (What deeper layers cached of earlier tokens was computed with the old frequencies in both forms: hence one layer.)

@@ -79,7 +79,7 @@ def in_parts(model: Any, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
     parts, done = [], 0
     for size in SIZES:
         part, done = slice(done, done + size), done + size
-        given = {"attention_mask": mask[:, :done], "position_ids": positions[:, part], "past_key_values": cache}
+        given = {"attention_mask": mask[:, :done], "position_ids": positions[:, part], "cache": cache}
         parts.append(model(IDS[:, part], **given).logits)
     return torch.cat(parts, 1)[seen(positions, mask)]
 
@@ -158,10 +158,10 @@ def test_a_tree_of_drafts(converted_folder: Callable[..., Path], monkeypatch: py
     positions = torch.tensor([[20, 21, 21, 22, 22]])
     for model in (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), kvshare.load(folder, dtype=torch.float32)):
         cache = DynamicCache(config=model.config)
-        model(IDS[:1, :20], past_key_values=cache)
-        logits = [model(IDS[1:, :5], attention_mask=visible, position_ids=positions, past_key_values=cache).logits]
+        model(IDS[:1, :20], cache=cache)
+        logits = [model(IDS[1:, :5], attention_mask=visible, position_ids=positions, cache=cache).logits]
         cache.crop(-4)
-        logits += [model(IDS[1:, 5 + step : 6 + step], past_key_values=cache).logits for step in range(3)]
+        logits += [model(IDS[1:, 5 + step : 6 + step], cache=cache).logits for step in range(3)]
         found.append(torch.cat(logits, 1))
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)
 
@@ -175,12 +175,12 @@ def test_rows_may_change_places(model_of: Callable[..., Any]) -> None:
         cache = DynamicCache(config=model.config)
         for part in (slice(0, 18), slice(18, 19)):
             given = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
-            model(IDS[:, part], past_key_values=cache, **given)
+            model(IDS[:, part], cache=cache, **given)
         return cache
 
     def behind(cache: Any, rows: list[int], positions: Tensor, mask: Tensor) -> Tensor:
         given = {"attention_mask": mask[rows], "position_ids": positions[rows, 19:]}
-        logits: Tensor = model(IDS[rows, 19:], past_key_values=cache, **given).logits
+        logits: Tensor = model(IDS[rows, 19:], cache=cache, **given).logits
         return logits
 
     for way in ("padded_left", "padded_right"):
@@ -210,8 +210,8 @@ def test_what_is_compiled_refuses_them(model_of: Callable[..., Any]) -> None:
         cache = StaticCache(config=model.config, max_cache_len=40)
         for part in (slice(0, first), slice(first, 19)):
             given = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
-            model(IDS[:, part], past_key_values=cache, **given)
-        given = {"attention_mask": mask[:, :20], "position_ids": positions[:, 19:20], "past_key_values": cache}
+            model(IDS[:, part], cache=cache, **given)
+        given = {"attention_mask": mask[:, :20], "position_ids": positions[:, 19:20], "cache": cache}
         if refused:
             with pytest.raises(torch._dynamo.exc.Unsupported, match="pad on the left"):
                 forward(IDS[:, 19:20], **given)

@@ -157,7 +157,7 @@ def test_a_cache_in_parts_gives_the_logits_of_one_forward(
     with torch.no_grad():
         whole = model(IDS, use_cache=False).logits
         cache = DynamicCache(config=model.config)
-        parts = [model(part, past_key_values=cache, use_cache=True).logits for part in IDS.split(size, 1)]
+        parts = [model(part, cache=cache, use_cache=True).logits for part in IDS.split(size, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
     assert all(layer.values.numel() == 0 and layer.keys.numel() for layer in cache.layers)
 
@@ -201,21 +201,21 @@ def test_other_caches_and_bits(model_of: Callable[[str], Any]) -> None:
     model = model_of("llama")
     wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences
     cache = DynamicCache(config=model.config)
-    first = model.generate(IDS[:, :9], past_key_values=cache, do_sample=False, **SETTINGS).sequences
+    first = model.generate(IDS[:, :9], cache=cache, do_sample=False, **SETTINGS).sequences
     assert first.shape[1] == 25
     again = torch.cat([first, IDS[:, 9:]], 1)
-    continued = model.generate(again, past_key_values=cache, do_sample=False, **SETTINGS).sequences
+    continued = model.generate(again, cache=cache, do_sample=False, **SETTINGS).sequences
     assert torch.equal(continued, model.generate(again, use_cache=False, do_sample=False, **SETTINGS).sequences)
     filled = DynamicCache(config=model.config)
     filled.update(*torch.zeros(2, 1, 2, 3, 8), 0)
     with pytest.raises(ValueError, match="holds values"):
-        model(IDS, past_key_values=filled)
+        model(IDS, cache=filled)
     for layer in model.model.layers:
         layer.self_attn.kvshare_bits = 8
     model.model.kvshare_bits = 8
     run = model.generate(IDS, do_sample=False, **SETTINGS)
     assert torch.equal(run.sequences[:, : IDS.shape[1] + 1], wanted[:, : IDS.shape[1] + 1])
-    assert {layer.keys.dtype for layer in run.past_key_values.layers} == {torch.int8}
+    assert {layer.keys.dtype for layer in run.cache.layers} == {torch.int8}
 
 
 @pytest.mark.parametrize("key", ["llama", "qwen2", "smollm3"])
@@ -250,8 +250,8 @@ def test_the_kernel_of_the_shared_form_decodes_it(
     for backend in ("eager", "compiled"):
         monkeypatch.setenv("KVSHARE_ATTENTION", backend)
         with torch.inference_mode():
-            cache = model(ids[:, :-1], use_cache=True).past_key_values
-            results[backend] = model(ids[:, -1:], past_key_values=cache).logits
+            cache = model(ids[:, :-1], use_cache=True).cache
+            results[backend] = model(ids[:, -1:], cache=cache).logits
         assert model.model.kvshare_choice.backend == backend, model.model.kvshare_choice.reason
     close = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     torch.testing.assert_close(results["compiled"], results["eager"], atol=close, rtol=close)
@@ -469,8 +469,8 @@ def test_layers_of_all_forms(text_file: str, tmp_path: Path, monkeypatch: pytest
     assert [layer.self_attn.k_proj.weight.shape[0] for layer in model.model.layers] == [16, 16, 8]
     got = model.generate(IDS, do_sample=False, **SETTINGS)
     assert torch.equal(got.sequences, model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences)
-    numbers = [layer.keys.numel() + layer.values.numel() for layer in got.past_key_values.layers]
-    assert numbers == [count * got.past_key_values.get_seq_length() * 8 for count in (4, 2, 1)]
+    numbers = [layer.keys.numel() + layer.values.numel() for layer in got.cache.layers]
+    assert numbers == [count * got.cache.get_seq_length() * 8 for count in (4, 2, 1)]
     model.save_pretrained(tmp_path / "again")
     assert verify_form(tmp_path / "again") == 2
     again = kvshare.load(tmp_path / "again", dtype=torch.float32)
@@ -480,8 +480,8 @@ def test_layers_of_all_forms(text_file: str, tmp_path: Path, monkeypatch: pytest
     for backend in ("eager", "compiled"):
         monkeypatch.setenv("KVSHARE_ATTENTION", backend)
         with torch.inference_mode():
-            cache = model(ids[:, :-2], use_cache=True).past_key_values
-            logits.append(model(ids[:, -2:], past_key_values=cache).logits)
+            cache = model(ids[:, :-2], use_cache=True).cache
+            logits.append(model(ids[:, -2:], cache=cache).logits)
         assert model.model.kvshare_choice.backend == backend
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
 
@@ -509,7 +509,7 @@ def test_one_graph_with_a_static_cache(model_of: Callable[[str], Any], key: str)
     forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     cache, ids, given = StaticCache(config=model.config, max_cache_len=40), IDS, [IDS]
     for _ in range(6):
-        ids = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        ids = forward(input_ids=ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
         given.append(ids)
     assert torch.equal(torch.cat(given, 1), wanted)
 
@@ -519,4 +519,4 @@ def test_a_cache_that_quantises_by_itself(model_of: Callable[[str], Any]) -> Non
     cache = QuantizedCache("fp8", model.config)
     cache.layers = [InHalves(residual_length=4) for _ in cache.layers]
     wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS).sequences
-    assert torch.equal(model.generate(IDS, past_key_values=cache, do_sample=False, **SETTINGS).sequences, wanted)
+    assert torch.equal(model.generate(IDS, cache=cache, do_sample=False, **SETTINGS).sequences, wanted)

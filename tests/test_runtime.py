@@ -102,7 +102,7 @@ def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], form: str, mo
     inputs = prompt(TEXT[:1])
     expected, got = generate(native, inputs, **MODES[mode]), generate(shared, inputs, **MODES[mode])
     assert torch.equal(expected.sequences, got.sequences)
-    full, small = (numbers_of_layers(output.past_key_values) for output in (expected, got))
+    full, small = (numbers_of_layers(output.cache) for output in (expected, got))
     assert small == [count * part for count, part in zip(full, parts_kept(shared.config), strict=True)]
 
 
@@ -132,7 +132,7 @@ def test_logits_equal_native(folder_of: Callable[..., Path], form: str, attentio
         cache = transformers.DynamicCache(config=shared.config)
         mask, parts = inputs["attention_mask"], []
         for ids in (inputs["input_ids"][:, :1], inputs["input_ids"][:, 1:]):
-            parts.append(shared(ids, attention_mask=mask[:, : cache.get_seq_length() + ids.shape[1]], past_key_values=cache).logits)
+            parts.append(shared(ids, attention_mask=mask[:, : cache.get_seq_length() + ids.shape[1]], cache=cache).logits)
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-4, rtol=0)
 
@@ -145,7 +145,7 @@ def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[
     with torch.no_grad():
         whole = native(ids, use_cache=False).logits
         cache = transformers.DynamicCache(config=shared.config)
-        parts = [shared(part, past_key_values=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
+        parts = [shared(part, cache=cache, use_cache=True).logits for part in ids.split(size, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
@@ -154,7 +154,7 @@ def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], for
     source = AutoModelForCausalLM.from_pretrained(Path(kvshare.__file__).parent / "tiny", dtype=torch.float32).eval()
     _, shared = pair(form, kv_heads)
     inputs = prompt(TEXT[:1])
-    full, small = (generate(model, inputs, min_new_tokens=12).past_key_values for model in (source, shared))
+    full, small = (generate(model, inputs, min_new_tokens=12).cache for model in (source, shared))
 
     def measured(cache: Any) -> int:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -260,7 +260,7 @@ def run(folder, trust):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32).eval()
     run = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0,
                          return_dict_in_generate=True)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.past_key_values.layers)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers)
     return {"tokens": run.sequences.tolist(), "cache": cache, "module": type(model).__module__}
 
 print(json.dumps([{str(trust): run(folder, trust) for trust in (False, True)} for folder in sys.argv[2:]]))

@@ -27,6 +27,11 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token
 KEYS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("qwen2", {}),
     "window": ("mistral", {"sliding_window": 12}),
+    "pairs": (
+        "gptj",
+        {"rotary_dim": 4, "n_inner": 48, "num_key_value_heads": ...},
+    ),  # neither of these configs has a number of KV heads
+    "one tensor": ("gpt_neox", {"partial_rotary_factor": 0.5, "hidden_dropout": 0.0, "num_key_value_heads": ...}),
     "both kinds": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
 }
 
@@ -38,7 +43,11 @@ def folder(once: Callable[[str, Callable[[Path], Any]], Path]) -> Callable[[str]
     def make(key: str, folder: Path) -> None:
         model_type, fields = KEYS[key]
         kvshare.convert(
-            random_model(folder / "source", model_type, **SMALL, **fields), folder / "out", init="mean", heal=False, eval_mode="off"
+            random_model(folder / "source", model_type, **(SMALL | fields)),
+            folder / "out",
+            init="mean",
+            heal=False,
+            eval_mode="off",
         )
 
     return lambda key: once(f"tools-{key}", lambda folder: make(key, folder)) / "out"
@@ -63,7 +72,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("key", ["biases", "window", "both kinds"])
+@pytest.mark.parametrize("key", [*KEYS])
 def test_continuous_batching(
     folder: Callable[[str], Path], pages: list[Any], key: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,9 +123,9 @@ def test_offloaded_caches(folder: Callable[[str], Path], monkeypatch: pytest.Mon
     outputs = []
     for load in (native, kvshare.load):
         model = load(folder("biases"))
-        outputs.append(model.generate(IDS, past_key_values=DynamicCache(config=model.config, offloading=True), **SETTINGS))
+        outputs.append(model.generate(IDS, cache=DynamicCache(config=model.config, offloading=True), **SETTINGS))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers) for output in outputs]
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.cache.layers) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
 
 
@@ -168,7 +177,7 @@ def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: 
         torch.testing.assert_close(native(tmp_path / "merged")(IDS).logits, trained, atol=1e-4, rtol=0)
     assert torch.equal(outputs[0].sequences, tokens)
     assert torch.equal(outputs[1].sequences, tokens)
-    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers) for output in outputs]
+    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.cache.layers) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
 
 
@@ -202,7 +211,7 @@ def test_weights_in_few_bits(converted_folder: Callable[..., Path], key: str) ->
     torch.testing.assert_close(got(IDS).logits, expected(IDS).logits, atol=1e-4, rtol=0)
     outputs = [model.generate(IDS, **SETTINGS) for model in (expected, got)]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    full, small = (sum(layer.keys.nbytes + layer.values.nbytes for layer in o.past_key_values.layers) for o in outputs)
+    full, small = (sum(layer.keys.nbytes + layer.values.nbytes for layer in o.cache.layers) for o in outputs)
     assert 2 * small == full
 
 

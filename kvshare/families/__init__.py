@@ -29,8 +29,9 @@ class Family:
 
     `rotates` says in which layers rope turns keys: None, all; `use_rope`, those whose attention module has an attribute of that
     name that is true; `windows`, those with a sliding window, all where the config has none. How many numbers of a head it
-    turns is seen in the width of its tables (twice that in `half_tables` families); without tables, none. They are turned in
-    pairs that lie half of them apart, or side by side in `interleaved` families.
+    turns is seen in the width of its tables (twice that in `half_tables` families); without tables, none. Tables are cosines and
+    sines, in `sines_first` families the other way round. Numbers are turned in pairs that lie half of them apart, or side by side
+    in `interleaved` families.
 
     Where `q`, `k` and `v` are one name, they are rows of one tensor in this order; in `grouped_rows` families KV head by KV head,
     each with the rows of its query heads, its own of k and its own of v. Where `k` and `v` alone are one name, layers of full
@@ -40,8 +41,7 @@ class Family:
     cannot be merged. It counts where the field `kv_heads_where` is true; where that is false, there is one KV head if
     `multi_query` is true, and otherwise one per query head. `fields` are what older configs call a field, by its usual name, and
     `only` the values that some must have, where they are present. `without` are the kinds of layers, as `layer_types` names them,
-    that have no K and V: they are left untouched. `exact_form` is false where the shared form writes attention out anew;
-    `rotated_form` is true where the rotated form is known to compute what it should.
+    that have no K and V: they are left untouched. `rotated_form` is true where the rotated form is known to compute what it should.
     """
 
     model_type: str
@@ -58,12 +58,12 @@ class Family:
     rotates: Literal["use_rope", "windows"] | None = None
     interleaved: bool = False
     half_tables: bool = False
+    sines_first: bool = False
     grouped_rows: bool = False
     transposed: bool = False
     kv_heads: str | None = "num_key_value_heads"
     kv_heads_where: str | None = None
     without: tuple[str, ...] = ()
-    exact_form: bool = True
     rotated_form: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +113,10 @@ class Family:
         """What this config calls a field."""
         older = self.fields.get(name, name)
         return older if older in config else name
+
+    def number(self, name: str, config: Mapping[str, Any]) -> int:
+        """What a config says of a field that it must have, as `geometry_of` finds out; `name` as for `field`."""
+        return int(config[self.field(name, config)])
 
     def located(self, tensors: Collection[str]) -> Family:
         """The family with the names that these tensors have: a base model's checkpoint lacks the first part of each."""
@@ -227,7 +231,8 @@ FAMILIES: dict[str, Family] = {
             attention="transformer.h.{layer}.attn",
             o="out_proj",
             interleaved=True,
-            exact_form=False,
+            half_tables=True,
+            sines_first=True,
             kv_heads=None,
             fields={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
         ),

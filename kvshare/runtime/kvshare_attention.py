@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import logging
 import os
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from .kvshare_channels import with_biases
 from .kvshare_cpu import KINDS, Made, decode_on_cpu, missing
-from .kvshare_tables import Pairs, Tables, by_tiles, every_slot, no_tables, pairs_of
+from .kvshare_tables import Pairs, Tables, by_tiles, every_slot, no_tables, pairs_of, rotation_of
 
 VARIABLE = "KVSHARE_ATTENTION"
 BACKENDS = ("eager", "compiled", "triton")
@@ -31,6 +30,11 @@ FEW = 8  # new tokens up to which a forward is a step of decoding
 EAGER = ("gemma2", "gpt_oss")  # families for which transformers has no other attention than eager
 LONG = 256  # slots from which on compiling is worth it
 LOGGER = logging.getLogger("kvshare.attention")
+
+
+def layers_of(decoder: Any) -> Any:
+    """The decoder layers of a model."""
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
 
 
 def first_of(module: Any, names: tuple[str, ...]) -> Any:
@@ -79,7 +83,7 @@ class Plan(NamedTuple):
 def plan_of(decoder: Any, inputs: Tensor) -> Plan:
     """Look at the shared layers of a decoder; each keeps what it must be told in `kvshare_pairs` and `kvshare_norm`."""
     made, pairs = set(), dict.fromkeys(decoder.kvshare_kinds)
-    for layer in decoder.layers:
+    for layer in layers_of(decoder):
         attention = first_of(layer, ATTENTIONS)
         kind = getattr(attention, "kvshare_layer_type", None)
         if kind is None:
@@ -112,7 +116,7 @@ def _refusal_of(attention: Any, sample: Tensor) -> str | None:
         if attention.kvshare_norm is None:
             return f"keys pass a {type(norm).__name__}, which is not a root mean square norm of each head"
     if attention.kvshare_rotates:
-        rotate = getattr(sys.modules[type(attention).__mro__[1].__module__], "apply_rotary_pos_emb", None)
+        rotate = rotation_of(type(attention).__mro__[1])
         attention.kvshare_pairs = rotate and pairs_of(rotate, sample, len(sample) * attention.kvshare_table_repeat)
         if attention.kvshare_pairs is None:
             return "its rope turns other pairs than neighbours or halves"

@@ -41,7 +41,7 @@ def derived(make: Callable[[Any], Any], native: type, members: dict[str, Any]) -
 def unknown(native: Any, what: str) -> ImportError:
     """That a class of this version of transformers does something that the shared form would get wrong."""
     return ImportError(
-        f"{native.__name__} of transformers {transformers.__version__} {what} that this file does not know: use an older version, "
+        f"{native.__name__} of transformers {transformers.__version__} {what} that this file does not know: use another version, "
         "or load the checkpoint without trust_remote_code, in its native form, whose cache is of full size"
     )
 

@@ -7,11 +7,14 @@ Never: changes what the family's own rope computes, up to rounding.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .kvshare_classes import unknown
 from .kvshare_cpu import TILE
 
 
@@ -25,11 +28,32 @@ class Pairs(NamedTuple):
     columns: tuple[int, ...]
 
 
+def rotation_of(native: Any) -> Any:
+    """What turns queries and keys, both (batch, heads, tokens, width), by cosines and sines in the module of a native class; None
+    where nothing does. gptj turns one of them at a time, (batch, tokens, heads, width), by sines and cosines.
+
+    Raises:
+        ImportError: this version of transformers turns them in another way.
+    """
+    rotate = getattr(sys.modules[native.__module__], "apply_rotary_pos_emb", None)
+    taken = [] if rotate is None else list(inspect.signature(rotate).parameters)
+    if rotate is None or taken[:4] == ["q", "k", "cos", "sin"]:
+        return rotate
+    if taken != ["tensor", "sin", "cos"]:
+        raise unknown(native, "rotates in a way")
+
+    def both(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor]:
+        turned = (rotate(states.transpose(1, 2), sines, cosines).transpose(1, 2) for states in (query, key))
+        return next(turned), next(turned)
+
+    return both
+
+
 def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:
     """What a family's rope does to the first `width` numbers of a head, seen on vectors that tell; None: something else than rope.
 
     Args:
-        rotate: the family's `apply_rotary_pos_emb`.
+        rotate: as `rotation_of` gives it.
         sample: the family's sines at a position, (table width): they tell which columns are of the same angle.
         width: how many numbers it rotates.
     """

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of
+from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, layers_of
 from .kvshare_bits import BITS, dequantise
 from .kvshare_cache import (
     admit,
@@ -60,7 +60,7 @@ from .kvshare_projections import (
     project,
     unreplaced,
 )
-from .kvshare_tables import turn_queries
+from .kvshare_tables import rotation_of, turn_queries
 
 if TYPE_CHECKING:  # older versions of transformers copy the files that this one names, and none that those name in turn
     from .kvshare_c import SOURCE  # noqa: F401
@@ -79,7 +79,8 @@ ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, tho
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
 NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
 DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
-HALF_TABLES = ("gpt_oss",)  # tables hold a number for each rope pair, not for each number that is rotated
+HALF_TABLES = ("gpt_oss", "gptj")  # tables hold a number for each rope pair, not for each number that is rotated
+SINES_FIRST = ("gptj",)  # their tables are sines and cosines, in this order
 
 
 def _unique(x: Tensor, repeat: int) -> Tensor:
@@ -276,6 +277,8 @@ def _by_stock(attention: Any, stock: Any, query: Tensor, key: Tensor, value: Ten
 def _to_hidden(attention: Any, output: Tensor) -> Tensor:
     """(batch, new tokens, query heads * head_dim) -> (batch, new tokens, hidden)."""
     output = first_of(attention, OUTPUTS)(output)
+    if hasattr(attention, "resid_dropout"):
+        return attention.resid_dropout(output)
     return nn.functional.dropout(output, getattr(attention, "residual_dropout", 0.0)) if attention.training else output
 
 
@@ -283,11 +286,11 @@ def _to_hidden(attention: Any, output: Tensor) -> Tensor:
 def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with q_proj, k_proj and v_proj, or one projection for all, and an output projection."""
     module = sys.modules[native.__module__]
-    rotate, eager = getattr(module, "apply_rotary_pos_emb", None), module.eager_attention_forward
+    rotate, eager = rotation_of(native), getattr(module, "eager_attention_forward", None)
+    if eager is None:  # gptj before transformers 5.24
+        raise unknown(native, "attends in a way")
     query_scale = getattr(module, "get_llama_4_attn_scale", None)
     cache = cache_name(native)
-    if rotate is not None and len(inspect.signature(rotate).parameters) < 4:  # gptj since transformers 5.24
-        raise unknown(native, "rotates in a way")
 
     def bias_of(self: Any, bias: Tensor) -> Tensor:
         """(kv heads, 1, head_dim)."""
@@ -475,7 +478,7 @@ class _View:
             biases = projection.parts(bias)[:: own.kvshare_repeat, -2:, None]  # (kv heads, 2, 1, head_dim)
             key, value = shared + biases[:, 0], shared + biases[:, 1]
         if self.tables is not None:
-            rotate = sys.modules[type(own).__mro__[1].__module__].apply_rotary_pos_emb
+            rotate = rotation_of(type(own).__mro__[1])
             key = _rotated(rotate, key, self.tables, key.shape[-1])
         return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
 
@@ -533,36 +536,16 @@ def _tied_class(native: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
-def _tabled_class(native: type[nn.Module]) -> type[nn.Module]:
-    """The shared form of an attention class that looks cos and sin up in a table of its own (gptj)."""
-    rotate = sys.modules[native.__module__].apply_rotary_pos_emb
+def _cosines_first(native: type[nn.Module]) -> type[nn.Module]:
+    """A rotary embedding that gives cosines before sines and knows positions before the first, where the native one looks sines and
+    cosines up in a table.
+    """
 
-    def turned(self: Any, states: Tensor, positions: Tensor) -> Tensor:
-        """Rope on the first numbers of each head; states (batch, heads, tokens, head_dim)."""
-        width = self.rotary_dim or self.head_dim
-        tables = self.embed_positions.to(positions.device)[positions].to(states.dtype)  # (batch or 1, tokens, width)
-        first = rotate(states[..., :width].transpose(1, 2), *tables.chunk(2, -1)).transpose(1, 2)
-        return torch.cat([first, states[..., width:]], -1)
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> Rotary:
+        sines, cosines = native.forward(self, x, position_ids.abs())
+        return cosines, torch.where(position_ids[..., None] < 0, -sines, sines)
 
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        past_key_values = cache_of(past_key_values, kwargs)
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, shared = (part(hidden_states).view(heads).transpose(1, 2) for part in (self.q_proj, self.k_proj))
-        slots = position_ids
-        if past_key_values is not None:
-            slots = key_positions(past_key_values, self.layer_idx, position_ids)
-            shared = read(past_key_values, shared, self.layer_idx, self)  # (batch, heads, slots, head_dim)
-        output, weights = self._attn(turned(self, query, position_ids), turned(self, shared, slots), shared, attention_mask)
-        return self.resid_dropout(self.out_proj(output.transpose(1, 2).flatten(2))), weights
-
-    return derived(_tabled_class, native, {"forward": forward})
+    return derived(_cosines_first, native, {"forward": forward})
 
 
 @functools.cache
@@ -732,7 +715,7 @@ def _share(model: Any) -> None:
             f"cache_bits is {bits!r}: it is 8 or 4, or not there, as in exact form, whose values need all bits of keys"
         )
     decoder = model.get_decoder()
-    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
+    layers = layers_of(decoder)
     rope = getattr(decoder, "rotary_emb", None)
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
@@ -755,8 +738,13 @@ def _share(model: Any) -> None:
         kinds.setdefault(layer_types[layer], layer)
     native_decoder: Any = type(decoder)
     decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_plan, decoder.kvshare_tried = kinds, bits, None, None
-    decoder.kvshare_turns = bool(kinds) and (rope is not None or hasattr(_attention(layers[0]), "embed_positions"))
-    if rope is None or hasattr(decoder, "h"):  # what the layers cache has no position, or they get theirs in another way
+    decoder.kvshare_turns = bool(kinds) and rope is not None
+    if model.config.model_type in SINES_FIRST:
+        native_rope: Any = type(rope)
+        rope.__class__ = _cosines_first(native_rope)
+    if (
+        rope is None or model.config.model_type == "falcon"
+    ):  # what the layers cache has no position, or they get theirs in another way
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
     for layer in layers:
@@ -795,7 +783,7 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
         if value_bias is not None:
             attention.v_proj = ValueBias(value_bias)
     attention.k_proj.__class__ = SharedProjection
-    return _tabled_class if hasattr(attention, "embed_positions") else _attention_class
+    return _attention_class
 
 
 def _attention(layer: Any) -> Any:
