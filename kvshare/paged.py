@@ -77,7 +77,8 @@ def shared_pages(model: Any) -> Iterator[None]:
     elif not hasattr(decoder, "kvshare_tables_by_kind") or any(hasattr(part, "kvshare_value_norm") for part in decoder.modules()):
         why = f"the attention of {model.config.model_type} models knows of no pages, or has no rope"
     elif {*zip(block["layers"], block["kv_heads"], strict=True)} != {
-        (layer, getattr(model.config, "num_key_value_heads", model.config.num_attention_heads)) for layer in range(model.config.num_hidden_layers)
+        (layer, getattr(model.config, "num_key_value_heads", model.config.num_attention_heads))
+        for layer in range(model.config.num_hidden_layers)
     }:
         why = "its layers do not all share as many heads as its config names, and pages are alike in all layers"
     elif getattr(model.config, "attn_logit_softcapping", None) is not None:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -153,11 +154,9 @@ def test_fsdp2(folder: Callable[[str], Path], mesh: Any) -> None:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: Path, dora: bool) -> None:
-    from peft import LoraConfig, get_peft_model
-
     targets = ["q_proj", "k_proj", "o_proj", "up_proj"]
-    config = LoraConfig(r=4, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
-    model = get_peft_model(kvshare.load(folder("biases"), dtype=torch.float32), config)
+    config = peft.LoraConfig(r=4, target_modules=targets, use_dora=dora, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(kvshare.load(folder("biases"), dtype=torch.float32), config)
     optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
     for _ in range(3):
         model(IDS, labels=IDS, use_cache=False).loss.backward()
@@ -179,6 +178,35 @@ def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: 
     assert torch.equal(outputs[1].sequences, tokens)
     sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.cache.layers) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
+
+
+@pytest.mark.parametrize("kind", [{"lora_bias": True}, {"ia3": True}, {"hra": True}])
+@torch.no_grad()
+def test_adapters_that_have_to_do_with_biases(folder: Callable[[str], Path], kind: dict[str, bool]) -> None:
+    """One adds a bias, one scales that of k_proj, one adds it itself: as when they are merged."""
+    targets = ["k_proj", "down_proj"]
+    if "ia3" in kind:
+        config: Any = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+    else:
+        config = (
+            peft.HRAConfig(r=4, target_modules=targets) if "hra" in kind else peft.LoraConfig(target_modules=["k_proj"], **kind)
+        )
+    plain = kvshare.load(folder("biases"), dtype=torch.float32)
+    model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
+    for value in model.parameters():
+        if value.requires_grad:
+            value.add_(torch.randn_like(value), alpha=0.3)
+    unmerged = model(IDS).logits
+    assert float((unmerged - plain(IDS).logits).abs().max()) > 0.1
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, unmerged, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("key", ["biases", "window"])
+def test_adapters_of_values_are_refused(folder: Callable[[str], Path], key: str) -> None:
+    """An adapter of another form would lose its half: v_proj is what most are made for beside q_proj."""
+    model = kvshare.load(folder(key), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"ValueBias\(k_proj makes keys and values\) is not supported"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
 
 
 class InEightBits(torch.nn.Module):

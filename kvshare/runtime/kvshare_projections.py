@@ -80,11 +80,15 @@ class RepeatedProjection(GroupedProjection):
 
 
 class ValueBias(nn.Module):
-    """What is left of v_proj: its bias, under the name it has in the checkpoint."""
+    """What is left of v_proj: its bias, where it has one, under the name in the checkpoint. Adapters for v_proj find it here."""
 
-    def __init__(self, bias: nn.Parameter) -> None:
+    def __init__(self, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.bias = bias
+
+    def extra_repr(self) -> str:
+        """What is said to those who look for v_proj."""
+        return "k_proj makes keys and values"
 
 
 def outer_bias(module: Any, like: Tensor) -> Any:
@@ -95,19 +99,38 @@ def outer_bias(module: Any, like: Tensor) -> Any:
     return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
 
 
-def project(projection: Any, hidden: Tensor) -> Tensor:
-    """What k_proj gives without its bias, adapters included: DoRA takes the bias off what it scales, so it has to be there."""
+def project(projection: Any, hidden: Tensor) -> tuple[Tensor, Any]:
+    """What k_proj gives without its bias, (..., kv heads * head_dim), and the bias, (kv heads * head_dim) or None.
+
+    An adapter around it may have a bias of its own, add that of its base, scale it or turn it. All that is affine: what becomes of
+    zeros is the bias.
+    """
     base = getattr(projection, "base_layer", projection)
-    if base.bias is not None and not _holds(base, (SharedProjection,)):  # weights in few bits, which bring a class of their own
-        name = "bias" if base is projection else "base_layer.bias"
-        return torch.func.functional_call(projection, {name: hidden.new_zeros(base.bias.shape)}, (hidden,))
-    if base is projection or base.bias is None or not len(getattr(projection, "lora_magnitude_vector", ())):
-        return projection(hidden)
-    base.kvshare_biased = True
+    if base.bias is None or _passes_biases(projection, base):
+        return projection(hidden), outer_bias(projection, hidden)
+    name = "bias" if base is projection else "base_layer.bias"
+    without = {name: hidden.new_zeros(base.bias.shape)}
+    shared = torch.func.functional_call(projection, without, (hidden,))
+    if base is projection:  # weights in few bits, which bring a class of their own
+        return shared, base.bias
+    zeros = hidden.new_zeros(1, hidden.shape[-1])
+    own = [part for part in projection.modules() if isinstance(part, SharedProjection)]
+    for part in own:
+        part.kvshare_biased = True
     try:
-        return projection(hidden) - base.bias
+        bias = projection(zeros)[0]
     finally:
-        base.kvshare_biased = False
+        for part in own:
+            part.kvshare_biased = False
+    return shared - torch.func.functional_call(projection, without, (zeros,)), bias
+
+
+def _passes_biases(projection: Any, base: Any) -> bool:
+    """Whether a projection leaves out its base's bias and does nothing else about biases, so that the base's is all there is."""
+    if not _holds(base, (SharedProjection,)):
+        return False
+    plain = hasattr(projection, "lora_A") and not len(getattr(projection, "lora_magnitude_vector", ()))
+    return base is projection or (plain and not any(getattr(projection, "lora_bias", {}).values()))
 
 
 def _holds(module: nn.Module, classes: tuple[type, ...]) -> bool:

@@ -147,7 +147,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
             output = _rotated(rotate, output.transpose(1, 2), back, width).transpose(1, 2)
-        value_bias = outer_bias(self.v_proj, hidden_states) if hasattr(self, "v_proj") else None
+        value_bias = outer_bias(self.v_proj, hidden_states)
         if value_bias is not None:  # (kv heads, head_dim) -> that of each query head
             each = _unique(value_bias.view(-1, self.head_dim), self.kvshare_repeat)
             output = output + each.repeat_interleave(output.shape[2] // len(each), 0)
@@ -225,10 +225,7 @@ def _rotate(model: Any) -> None:
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         attention.kvshare_heads = heads or stored
         rotate_attention(attention, stored // attention.kvshare_heads, bits)
-        value_bias = attention.v_proj.bias
-        del attention.v_proj
-        if value_bias is not None:
-            attention.v_proj = ValueBias(value_bias)
+        attention.v_proj = ValueBias(attention.v_proj.bias)
         attention.k_proj.__class__ = SharedProjection
         attention.k_proj.kvshare_biased = True
         kinds.setdefault(_layer_type(attention), layer)

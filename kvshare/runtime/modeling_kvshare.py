@@ -325,16 +325,17 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             if bias is not None:
                 key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
         else:
-            query, key_bias = self.q_proj(hidden_states), outer_bias(self.k_proj, hidden_states)
-            value_bias = outer_bias(self.v_proj, hidden_states) if "v_proj" in self._modules else None
+            query, value_bias = self.q_proj(hidden_states), outer_bias(self.v_proj, hidden_states)
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
             query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
-        if shared is None:
-            shared = _keys_to_cache(self, hidden_states) if rounds else project(self.k_proj, hidden_states)
+        if shared is None and rounds:
+            shared, key_bias = _keys_to_cache(self, hidden_states), outer_bias(self.k_proj, hidden_states)
+        elif shared is None:
+            shared, key_bias = project(self.k_proj, hidden_states)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         scales: Tensor | None = None
@@ -778,10 +779,7 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
         attention.kvshare_value_norm, attention.v_norm = attention.v_norm, nn.Identity()
         return _tied_class
     if not attention.kvshare_exact:
-        value_bias = attention.v_proj.bias
-        del attention.v_proj
-        if value_bias is not None:
-            attention.v_proj = ValueBias(value_bias)
+        attention.v_proj = ValueBias(attention.v_proj.bias)
     attention.k_proj.__class__ = SharedProjection
     return _attention_class
 
@@ -811,8 +809,11 @@ def _forget_repeats(model: Any) -> None:
     for _, attention in _shared_attention(model):
         if not hasattr(attention, "k_proj") or hasattr(attention, "kvshare_value_norm"):
             continue
-        projections = [attention.k_proj, *([attention.v_proj] if hasattr(attention, "v_proj") else [])]
-        held = [(projection, name, value) for projection in projections for name, value in projection.named_parameters()]
+        held = [
+            (projection, name, value)
+            for projection in (attention.k_proj, attention.v_proj)
+            for name, value in projection.named_parameters()
+        ]
         plain = all(type(value.data) is Tensor and value.device.type != "meta" for _, _, value in held)
         rows = attention.kvshare_stored * attention.head_dim
         whole = all(len(value) == rows for _, _, value in held)
