@@ -123,7 +123,7 @@ def test_attention_is_what_the_form_says(model_of: Callable[[str], Any], key: st
 
     query = heads(attention.q_proj, getattr(attention, "q_norm", None))
     shared = heads(attention.k_proj, getattr(attention, "k_norm", None))
-    bias = attention.v_proj.bias.view(-1, attention.head_dim) if hasattr(attention, "v_proj") else None
+    bias = None if attention.v_proj.bias is None else attention.v_proj.bias.view(-1, attention.head_dim)
     got = seen["heads"].view(1, tokens, -1, attention.head_dim)
     if key in INTERLEAVED:
         query, shared, got = (in_halves(x, width) for x in (query, shared, got))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -126,7 +129,7 @@ def test_offloaded_caches(folder: Callable[[str], Path], monkeypatch: pytest.Mon
         model = load(folder("biases"))
         outputs.append(model.generate(IDS, cache=DynamicCache(config=model.config, offloading=True), **SETTINGS))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.cache.layers) for output in outputs]
+    sizes = [cache_bytes(output.cache) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
 
 
@@ -150,6 +153,68 @@ def test_fsdp2(folder: Callable[[str], Path], mesh: Any) -> None:
     for name, value in sharded.named_parameters():
         torch.testing.assert_close(value.grad.full_tensor(), expected[name].grad, atol=1e-6, rtol=0)
     assert torch.equal(sharded.generate(IDS, **SETTINGS).sequences, whole.generate(IDS, **SETTINGS).sequences)
+
+
+# Forks of a process that has everything imported take a half of each model's heads.
+SPLIT = """
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from killing import run_together
+from test_tools import IDS, SETTINGS, cache_bytes
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+out, folders = Path(sys.argv[1]), sys.argv[2:]
+
+def job(again):
+    dist.init_process_group("gloo")
+    found = []
+    for folder in folders:
+        split = DistributedConfig(tp_size=2, tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="float32", distributed_config=split)
+        run = model.eval().generate(IDS, **SETTINGS)
+        found.append((run.sequences.tolist(), cache_bytes(run.cache)))
+    Path(out / str(dist.get_rank())).write_text(json.dumps(found))
+
+print(run_together(job, out)[0])
+"""
+
+
+def cache_bytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_tensor_parallelism(
+    folder: Callable[[str], Path],
+    mixed_folder: Callable[[str], Path],
+    converted_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Biases, and copies of heads, are shared out with the rows of k_proj; what is no rows of k_proj is whole in both processes."""
+    parts = {
+        folder("biases"): 2,
+        mixed_folder("llama-mha"): None,  # both have the head of a layer that has one
+        converted_folder("llama-bias", form="rotated"): 2,
+        converted_folder("phi3"): 1,
+        converted_folder("square-bias", init="exact"): 1,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", SPLIT, tmp_path, *parts],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.endswith("[0, 0]\n"), run.stderr
+    for rank in (0, 1):
+        for (path, share), (tokens, size) in zip(parts.items(), json.loads((tmp_path / str(rank)).read_text()), strict=True):
+            whole = kvshare.load(path, dtype=torch.float32).generate(IDS, **SETTINGS)
+            assert tokens == whole.sequences.tolist()
+            held = cache_bytes(whole.cache)
+            assert size * share == held if share else held < 2 * size < 1.1 * held
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -176,7 +241,7 @@ def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: 
         torch.testing.assert_close(native(tmp_path / "merged")(IDS).logits, trained, atol=1e-4, rtol=0)
     assert torch.equal(outputs[0].sequences, tokens)
     assert torch.equal(outputs[1].sequences, tokens)
-    sizes = [sum(layer.keys.nbytes + layer.values.nbytes for layer in output.cache.layers) for output in outputs]
+    sizes = [cache_bytes(output.cache) for output in outputs]
     assert 2 * sizes[1] == sizes[0]
 
 
@@ -239,7 +304,7 @@ def test_weights_in_few_bits(converted_folder: Callable[..., Path], key: str) ->
     torch.testing.assert_close(got(IDS).logits, expected(IDS).logits, atol=1e-4, rtol=0)
     outputs = [model.generate(IDS, **SETTINGS) for model in (expected, got)]
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
-    full, small = (sum(layer.keys.nbytes + layer.values.nbytes for layer in o.cache.layers) for o in outputs)
+    full, small = (cache_bytes(output.cache) for output in outputs)
     assert 2 * small == full
 
 

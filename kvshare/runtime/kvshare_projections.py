@@ -80,11 +80,13 @@ class RepeatedProjection(GroupedProjection):
 
 
 class ValueBias(nn.Module):
-    """What is left of v_proj: its bias, where it has one, under the name in the checkpoint. Adapters for v_proj find it here."""
+    """What is left of v_proj: its bias, where it has one, under the name in the checkpoint. Adapters for v_proj find it here, and
+    tensor parallelism the `out_features` of the layer that it was.
+    """
 
-    def __init__(self, bias: nn.Parameter | None) -> None:
+    def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
-        self.bias = bias
+        self.bias, self.out_features = projection.bias, projection.out_features
 
     def extra_repr(self) -> str:
         """What is said to those who look for v_proj."""
@@ -92,11 +94,21 @@ class ValueBias(nn.Module):
 
 
 def outer_bias(module: Any, like: Tensor) -> Any:
-    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there."""
+    """A bias that is added outside its module's forward, None where there is none; from the disk, where it waits there.
+
+    Args:
+        module: the projection.
+        like: what the projection gives, without the bias; where processes have shared its rows out, that of this one.
+    """
     bias = module.bias
-    if bias is None or not bias.is_meta or not hasattr(module, "_hf_hook"):
+    if bias is None:
+        return None
+    if bias.is_meta and hasattr(module, "_hf_hook"):
+        return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
+    if not hasattr(bias, "to_local"):
         return bias
-    return module._hf_hook.weights_map["bias"].to(like.device, like.dtype)
+    own = bias.to_local()
+    return own if len(own) == like.shape[-1] else bias.full_tensor()
 
 
 def project(projection: Any, hidden: Tensor) -> tuple[Tensor, Any]:
@@ -107,7 +119,8 @@ def project(projection: Any, hidden: Tensor) -> tuple[Tensor, Any]:
     """
     base = getattr(projection, "base_layer", projection)
     if base.bias is None or _passes_biases(projection, base):
-        return projection(hidden), outer_bias(projection, hidden)
+        shared = projection(hidden)
+        return shared, outer_bias(projection, shared)
     name = "bias" if base is projection else "base_layer.bias"
     without = {name: hidden.new_zeros(base.bias.shape)}
     shared = torch.func.functional_call(projection, without, (hidden,))

@@ -123,7 +123,8 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         past_key_values = cache_of(past_key_values, kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
-        shared = _unique(self.k_proj(hidden_states).view(heads), self.kvshare_repeat)
+        made = self.k_proj(hidden_states)
+        shared = _unique(made.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
@@ -147,7 +148,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         if self.kvshare_rotates:
             back = turning_back(position_embeddings, self.kvshare_plain_rope)
             output = _rotated(rotate, output.transpose(1, 2), back, width).transpose(1, 2)
-        value_bias = outer_bias(self.v_proj, hidden_states)
+        value_bias = outer_bias(self.v_proj, made)
         if value_bias is not None:  # (kv heads, head_dim) -> that of each query head
             each = _unique(value_bias.view(-1, self.head_dim), self.kvshare_repeat)
             output = output + each.repeat_interleave(output.shape[2] // len(each), 0)
@@ -176,7 +177,6 @@ def rotate_attention(attention: Any, repeat: int = 1, bits: int | None = None) -
     attention.kvshare_channels = None  # a rotated channel has no mean of its own
     attention.kvshare_rotates = _rotates(attention, _layer_type(attention))
     attention.kvshare_plain_rope = rope_type(attention.config) in PLAIN_ROPES
-    attention.num_key_value_groups *= repeat
     attention.__class__ = _attention_class(native)
 
 
@@ -225,7 +225,7 @@ def _rotate(model: Any) -> None:
         attention.kvshare_stored = stored = _stored_heads(attention, model.config.num_attention_heads)
         attention.kvshare_heads = heads or stored
         rotate_attention(attention, stored // attention.kvshare_heads, bits)
-        attention.v_proj = ValueBias(attention.v_proj.bias)
+        attention.v_proj = ValueBias(attention.v_proj)
         attention.k_proj.__class__ = SharedProjection
         attention.k_proj.kvshare_biased = True
         kinds.setdefault(_layer_type(attention), layer)

@@ -192,12 +192,13 @@ def _maps(attention: Any, dtype: torch.dtype) -> ExactMaps:
     return kept[1]
 
 
-def _keys_to_cache(attention: Any, hidden: Tensor) -> Tensor:
-    """k_proj's output before bias as the cache keeps it, (batch, new tokens, n)."""
+def _keys_to_cache(attention: Any, hidden: Tensor) -> tuple[Tensor, Any]:
+    """k_proj's output before bias as the cache keeps it, (batch, new tokens, n); and its bias."""
     maps = _maps(attention, hidden.dtype)
     keys = nn.functional.linear(hidden.to(maps.values.dtype), attention.k_proj.weight.to(maps.values.dtype))
     rounded = round_keys(maps, keys.detach(), hidden.dtype)
-    return (keys + (rounded.to(keys.dtype) - keys.detach())).to(hidden.dtype)  # rounding does not stop gradients
+    kept = (keys + (rounded.to(keys.dtype) - keys.detach())).to(hidden.dtype)  # rounding does not stop gradients
+    return kept, attention.k_proj.bias
 
 
 def _values_from_keys(attention: Any, shared: Tensor) -> Tensor:
@@ -271,6 +272,9 @@ def _by_stock(attention: Any, stock: Any, query: Tensor, key: Tensor, value: Ten
     dropout = next((getattr(attention, name) for name in DROPOUTS if hasattr(attention, name)), 0.0)
     own = {"dropout": dropout if attention.training else 0.0, "scaling": attention.scaling}
     own["sliding_window"] = window if getattr(attention, "is_sliding", True) else None
+    groups = query.shape[1] // key.shape[1]
+    if getattr(attention, "num_key_value_groups", groups) != groups:  # a process may have a part of one head's copies alone
+        attention.num_key_value_groups = groups
     return stock(attention, query, key, value, mask, **own, **arguments)
 
 
@@ -325,17 +329,16 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
             if bias is not None:
                 key_bias, value_bias = self.query_key_value.parts(bias)[:, -2:].unbind(1)
         else:
-            query, value_bias = self.q_proj(hidden_states), outer_bias(self.v_proj, hidden_states)
+            query = self.q_proj(hidden_states)
         query = query.view(heads).transpose(1, 2)  # (batch, query heads, new tokens, head_dim)
         query_norm, key_norm = (first_of(self, names) for names in NORMS)
         if query_norm is not None:
             query = _normed(query_norm, query)
         # while weights are trained, maps would be made anew in every step for a cache that is read by no other forward
         rounds = self.kvshare_exact and past_key_values is not None and not (self.training and torch.is_grad_enabled())
-        if shared is None and rounds:
-            shared, key_bias = _keys_to_cache(self, hidden_states), outer_bias(self.k_proj, hidden_states)
-        elif shared is None:
-            shared, key_bias = project(self.k_proj, hidden_states)
+        if shared is None:
+            shared, key_bias = _keys_to_cache(self, hidden_states) if rounds else project(self.k_proj, hidden_states)
+            value_bias = outer_bias(self.v_proj, shared)
         shared = _unique(shared.view(heads), self.kvshare_repeat)
         shared = shared.transpose(1, 2)  # (batch, kv heads, new tokens, head_dim)
         scales: Tensor | None = None
@@ -734,9 +737,11 @@ def _share(model: Any) -> None:
         attention.kvshare_rotates = rope is not None and _rotates(attention, layer_types[layer])
         attention.kvshare_repeat = stored // (heads or stored)  # equal heads in a row of what the projection gives
         attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
-        if hasattr(attention, "num_key_value_groups"):
-            attention.num_key_value_groups *= attention.kvshare_repeat
         kinds.setdefault(layer_types[layer], layer)
+    if not all(isinstance(getattr(attention, "v_proj", None), ValueBias) for _, attention in _shared_attention(model)):
+        # rows are not taken from k_proj one by one, so every process of tensor parallelism computes all attention
+        plan = getattr(model, "_tp_plan", None) or {}
+        model._tp_plan = {name: style for name, style in plan.items() if not {*name.split(".")} & {*ATTENTIONS}}
     native_decoder: Any = type(decoder)
     decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_plan, decoder.kvshare_tried = kinds, bits, None, None
     decoder.kvshare_turns = bool(kinds) and rope is not None
@@ -779,7 +784,7 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
         attention.kvshare_value_norm, attention.v_norm = attention.v_norm, nn.Identity()
         return _tied_class
     if not attention.kvshare_exact:
-        attention.v_proj = ValueBias(attention.v_proj.bias)
+        attention.v_proj = ValueBias(attention.v_proj)
     attention.k_proj.__class__ = SharedProjection
     return _attention_class
 
