@@ -316,7 +316,7 @@ SQUARE: dict[str, tuple[str, dict[str, Any]]] = {
     "square-window": ("mistral", {"num_key_value_heads": 8, "sliding_window": 12}),
     "square-norm": ("qwen3", {"num_key_value_heads": 8}),
     "square-groups": ("qwen3", {"head_dim": 16}),
-    "square-pairs": ("gptj", {"rotary_dim": 4, "n_inner": 48}),
+    "square-pairs": ("gptj", {"rotary_dim": 4, "n_inner": 48, "num_key_value_heads": ...}),
 }
 
 

@@ -118,6 +118,7 @@ def test_quantised_caches(converted_folder: Callable[..., Path], backend: str) -
     assert 2 * stored[1] == stored[0]
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # peft's own name for it
 def test_a_cache_with_values_is_refused(converted_folder: Callable[..., Path]) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
