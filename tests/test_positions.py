@@ -167,6 +167,33 @@ def test_a_tree_of_drafts(converted_folder: Callable[..., Path], monkeypatch: py
 
 
 @torch.no_grad()
+def test_tokens_that_are_taken_out_are_noticed(model_of: Callable[..., Any]) -> None:
+    """As by hand to keep the first and the last ones, or the branch of a tree that was chosen."""
+    model = model_of("llama-gqa")
+    kept = torch.tensor([*range(4), *range(11, 20)])
+    for positions in (torch.arange(20)[None], torch.tensor([[*range(17), 16, 17, 18]])):
+        for lies_elsewhere in (True, False):
+            cache = DynamicCache(config=model.config)
+            model(IDS[:1, :20], position_ids=positions, cache=cache)
+            for layer in cache.layers:
+                chosen = layer.keys[:, :, kept]
+                if not lies_elsewhere and len(positions.unique()) < 20:
+                    layer.keys[:, :, :13].copy_(chosen)
+                    chosen = layer.keys[:, :, :13]
+                layer.keys, layer.values = chosen, layer.values[:, :, :13]
+            with pytest.raises(ValueError, match=r"tokens were taken out of this cache|or tokens taken out"):
+                model(IDS[:1, 20:21], position_ids=positions[:, -1:] + 1, cache=cache)
+    # what is cropped goes on, also in another place
+    cache = DynamicCache(config=model.config)
+    model(IDS, cache=cache)
+    cache = copy.deepcopy(cache)
+    cache.crop(15 - IDS.shape[1])
+    cache.batch_select_indices(torch.tensor([1]))
+    expected = model(IDS[1:], use_cache=False).logits[:, 15:]
+    torch.testing.assert_close(model(IDS[1:, 15:], cache=cache).logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_rows_may_change_places(model_of: Callable[..., Any]) -> None:
     """Selected, repeated and copied; where their tokens do not follow one another, what comes must tell them apart."""
     model = model_of("llama-gqa")

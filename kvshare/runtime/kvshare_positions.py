@@ -112,6 +112,11 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
     if seen is not None and seen.positions is not None:
         positions = torch.cat([_kept(seen, cache, layer, past, offsets), position_ids], 1)
         return _note(cache, past + new, offsets[:, -1:], positions, False)
+    if seen is not None and past < seen.tokens and not _untouched(seen, cache, layer) and not _goes_on(seen, offsets):
+        raise ValueError(
+            "tokens were taken out of this cache, and positions go on as if they were there: where the others stand is not known, "
+            "and a shared cache turns keys when it reads them; crop its end alone, or use the native form"
+        )
     before = None if seen is None or seen.tokens != past else _before(seen, cache, layer, len(position_ids))
     attended = _attended(mask, past, new)
     if attended is None:
@@ -143,6 +148,11 @@ def leave(cache: Any, layer: int) -> None:
         cache.kvshare_seen = seen._replace(held=_held(cache, layer))
 
 
+def _goes_on(seen: Seen, offsets: Tensor) -> bool:
+    """Whether new tokens, whose first has these offsets, follow what is left of a cache's tokens as those that were there did."""
+    return bool((torch.isin(offsets[:, :1], seen.offsets) | (seen.offsets == NOWHERE).any()).all())
+
+
 def _before(seen: Seen, cache: Any, layer: int, rows: int) -> Tensor | None:
     """Offsets of the rows that a cache has now; None where that is not known: they may have been selected or reordered since."""
     if _untouched(seen, cache, layer) and len(seen.offsets) in (1, rows):
@@ -157,15 +167,15 @@ def _kept(seen: Seen, cache: Any, layer: int, past: int, offsets: Tensor) -> Ten
     rows = len(offsets)
     if past <= seen.tokens:
         positions = positions[:, :past]
-        if len(positions) in (1, rows) and (len(positions) == 1 or _untouched(seen, cache, layer)):
+        if past == seen.tokens and len(positions) in (1, rows) and (len(positions) == 1 or _untouched(seen, cache, layer)):
             return positions.expand(rows, -1)
         if rows % len(positions) == 0:
             positions = positions.repeat_interleave(rows // len(positions), 0)
-            if bool((positions[:, -1:] + 1 == offsets[:, :1] + past).all()):
+            if bool((positions[:, -1:] + 1 == offsets[:, :1] + past).all()):  # so are those of a cache that was cropped
                 return positions
     raise ValueError(
         "the tokens of this cache do not follow one another (padding on the right, gaps), and its rows were selected, reordered or "
-        "filled by other forwards since: where its tokens stand is not known; pad on the left, or fill the cache anew"
+        "filled by other forwards since, or tokens taken out: where they stand is not known; pad on the left, or fill a new cache"
     )
 
 
