@@ -41,7 +41,11 @@ def first_of(module: Any, names: tuple[str, ...]) -> Any:
     """The part of a module under the first of these names that it has; None where it has none. A step of decoding asks for a few in
     every layer, and `hasattr` takes its time to say no.
     """
-    return next((part for name in names if (part := module._modules.get(name)) is not None), None)
+    for name in names:
+        part = module._modules.get(name)
+        if part is not None:
+            return part
+    return None
 
 
 class Choice(NamedTuple):

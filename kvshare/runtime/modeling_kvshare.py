@@ -78,7 +78,6 @@ ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux
 ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
 NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
-DROPOUTS = ("attention_dropout", "dropout")  # what the dropout of attention weights is called
 HALF_TABLES = ("gpt_oss", "gptj")  # tables hold a number for each rope pair, not for each number that is rotated
 SINES_FIRST = ("gptj",)  # their tables are sines and cosines, in this order
 
@@ -269,7 +268,7 @@ def _by_stock(attention: Any, stock: Any, query: Tensor, key: Tensor, value: Ten
     """What an attention function of transformers makes of rotated queries, keys and values, as the family calls it."""
     # Mistral reads its window from the config, others keep one per layer (None where attention is full).
     window = attention.sliding_window if hasattr(attention, "sliding_window") else getattr(attention.config, "sliding_window", None)
-    dropout = next((getattr(attention, name) for name in DROPOUTS if hasattr(attention, name)), 0.0)
+    dropout = getattr(attention, "attention_dropout", getattr(attention, "dropout", 0.0))
     own = {"dropout": dropout if attention.training else 0.0, "scaling": attention.scaling}
     own["sliding_window"] = window if getattr(attention, "is_sliding", True) else None
     groups = query.shape[1] // key.shape[1]
@@ -393,7 +392,7 @@ def _attention_class(native: type[nn.Module]) -> type[nn.Module]:
         # behind pages, the paged attention of transformers would take the new tokens in
         implementation = self.config._attn_implementation.removeprefix("" if pages is None else "paged|")
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        output, weights = _by_stock(self, stock, query, key, value, attention_mask, _arguments(self) | kwargs)
+        output, weights = _by_stock(self, stock, query, key, value, attention_mask, {**_arguments(self), **kwargs})
         return _to_hidden(self, output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
     def apply(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -567,7 +566,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if turns:
             given = kwargs["inputs_embeds"] if input_ids is None else input_ids
             position_ids = own_positions(position_ids, past_key_values, given)
-            first = next(iter(self.kvshare_kinds.values()))
+            first = self.kvshare_first
             follow(past_key_values, first, position_ids, kwargs.get("attention_mask"))
             if getattr(self, "rotary_emb", None) is not None:
                 slots = key_positions(past_key_values, first, position_ids)
@@ -612,7 +611,7 @@ def _decoder_class(native: type[nn.Module]) -> type[nn.Module]:
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         positions: dict[str, Any] = {}
-        in_order, first = True, next(iter(self.kvshare_kinds.values()), 0)
+        in_order, first = True, self.kvshare_first
         if past_key_values is not None:
             admit(self, past_key_values)
             position_ids = own_positions(position_ids, past_key_values, inputs_embeds)
@@ -745,6 +744,7 @@ def _share(model: Any) -> None:
     native_decoder: Any = type(decoder)
     decoder.kvshare_kinds, decoder.kvshare_bits, decoder.kvshare_plan, decoder.kvshare_tried = kinds, bits, None, None
     decoder.kvshare_turns = bool(kinds) and rope is not None
+    decoder.kvshare_first = next(iter(kinds.values()), 0)  # the first layer of those that share
     if model.config.model_type in SINES_FIRST:
         native_rope: Any = type(rope)
         rope.__class__ = _cosines_first(native_rope)
