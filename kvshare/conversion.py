@@ -206,7 +206,7 @@ def check_conversion(plan: Plan, target: Path, overwrite: bool) -> Any:
     """Everything that can be refused before a weight is read; returns the tokenizer.
 
     Raises:
-        KVShareError: see the modules `checkpoint`, `data` and `loading`.
+        KVShareError: see the modules `checkpoint`, `data` and `native`.
     """
     if not is_published(target, read_journal(work_folder(target) / JOURNAL)):
         check_output(target, plan.source.path, overwrite)

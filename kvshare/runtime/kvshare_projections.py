@@ -125,7 +125,7 @@ def project(projection: Any, hidden: Tensor) -> tuple[Tensor, Any]:
     without = {name: hidden.new_zeros(base.bias.shape)}
     shared = torch.func.functional_call(projection, without, (hidden,))
     if base is projection:  # weights in few bits, which bring a class of their own
-        return shared, base.bias
+        return shared, outer_bias(projection, shared)
     zeros = hidden.new_zeros(1, hidden.shape[-1])
     own = [part for part in projection.modules() if isinstance(part, SharedProjection)]
     for part in own:

@@ -738,7 +738,7 @@ def _share(model: Any) -> None:
         attention.__class__ = _share_projection(attention, model.config.num_attention_heads)(native)
         kinds.setdefault(layer_types[layer], layer)
     if not all(isinstance(getattr(attention, "v_proj", None), ValueBias) for _, attention in _shared_attention(model)):
-        # rows are not taken from k_proj one by one, so every process of tensor parallelism computes all attention
+        # nothing but rows of k_proj can be shared out: otherwise every process of tensor parallelism computes all attention
         plan = getattr(model, "_tp_plan", None) or {}
         model._tp_plan = {name: style for name, style in plan.items() if not {*name.split(".")} & {*ATTENTIONS}}
     native_decoder: Any = type(decoder)
@@ -748,9 +748,8 @@ def _share(model: Any) -> None:
     if model.config.model_type in SINES_FIRST:
         native_rope: Any = type(rope)
         rope.__class__ = _cosines_first(native_rope)
-    if (
-        rope is None or model.config.model_type == "falcon"
-    ):  # what the layers cache has no position, or they get theirs in another way
+    # what the layers cache has no position, or they rotate it themselves
+    if rope is None or model.config.model_type == "falcon":
         decoder.__class__ = _plain_decoder_class(native_decoder)
         return
     for layer in layers:
