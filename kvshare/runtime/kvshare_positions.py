@@ -112,7 +112,7 @@ def follow(cache: Any, layer: int, position_ids: Tensor, mask: Any) -> bool:
     if seen is not None and seen.positions is not None:
         positions = torch.cat([_kept(seen, cache, layer, past, offsets), position_ids], 1)
         return _note(cache, past + new, offsets[:, -1:], positions, False)
-    if seen is not None and past < seen.tokens and not _untouched(seen, cache, layer) and not _goes_on(seen, offsets):
+    if seen is not None and past < seen.tokens and not _goes_on(seen, offsets):
         raise ValueError(
             "tokens were taken out of this cache, and positions go on as if they were there: where the others stand is not known, "
             "and a shared cache turns keys when it reads them; crop its end alone, or use the native form"
