@@ -175,7 +175,7 @@ def test_remote_code_is_never_trusted(module: str) -> None:
 
 @pytest.mark.parametrize("module", FILES)
 def test_modules_stay_small_and_say_what_they_are(module: str) -> None:
-    most = 850 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file for all families
+    most = 840 if module == "runtime.modeling_kvshare" else 400  # what ships inside checkpoints is one file for all families
     assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= most
     assert ast.get_docstring(TREES[module])
 

@@ -113,7 +113,7 @@ def test_four_bits_lose_far_less_with_the_file(
     measured_folder: Callable[[str], Path], own_text: tuple[str, str], tmp_path: Path
 ) -> None:
     folder = measured_folder("svd")
-    rows = token_rows(own_text[1], load_tokenizer(folder), 1024, 128)
+    rows = token_rows(own_text[1], load_tokenizer(folder), 2048, 128)
     without = Path(shutil.copytree(folder, tmp_path / "without"))
     (without / FILE).unlink()
 
