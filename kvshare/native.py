@@ -7,7 +7,8 @@ Never: reads weights, runs code that lies beside a model, lets a config choose c
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +132,18 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
         UnsupportedModelError: another family, or a tensor that holds no floating-point numbers.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     raw = read_json(folder / "config.json")
     family = family_of(str(raw.get("model_type", ""))).located(tensors)
     require_attention(tensors, family, geometry_of(raw, family, str(folder)), str(folder))  # so there is an end to what is made
     config = read_config(folder)
     try:
-        with no_init_weights(), torch.device("meta"):
-            if is_rotated(folder):
-                from kvshare.runtime.kvshare_rotated import rotated_class
+        if is_rotated(folder):
+            from kvshare.runtime.kvshare_rotated import rotated_class
 
-                model: Any = rotated_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family.model_type]])(config)
-            else:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
-            model.tie_weights()
+            model = outlined(rotated_class(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family.model_type]]), config)
+        else:
+            model = outlined(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, dtype=torch.float32), config)
     except Exception as error:  # of many kinds, all of them about what the config says
         raise _refused(folder / "config.json", error) from error
     missing = []
@@ -201,8 +199,8 @@ def require_form(source: Source, family: Family) -> None:
         ) from error
 
 
-def outlined(loader: Any, config: Any) -> Any:
-    """What a class makes of a config, with names and shapes and no weights: everything lies on the meta device."""
+def outlined(loader: Callable[[Any], Any], config: Any) -> Any:
+    """What a class, or another loader, makes of a config: names and shapes, and no weights; all lies on the meta device."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), torch.device("meta"):

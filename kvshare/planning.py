@@ -121,11 +121,8 @@ class Plan:
         """
         if self.recipe.init != "exact":
             return 0
-        return (
-            self.layers
-            * self.family.number("num_attention_heads", self.config)
-            * (self.family.number("hidden_size", self.config) - self.head_dim)
-        )
+        query_heads, hidden = (self.family.number(name, self.config) for name in ("num_attention_heads", "hidden_size"))
+        return self.layers * query_heads * (hidden - self.head_dim)
 
     @property
     def decode_overhead(self) -> float:

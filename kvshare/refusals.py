@@ -57,7 +57,7 @@ def require_exact(source: Source, family: Family, geometry: Geometry, heads: int
     """Refuse what has no exact form.
 
     Raises:
-        UnsupportedModelError: W_K is not square, or part of a fused tensor; or attention is written in a way of its own.
+        UnsupportedModelError: W_K is not square, or part of a fused tensor; or a layer has no K and V.
         UsageError: heads are to be merged.
     """
     source_heads, head_dim, hidden = geometry.kv_heads, geometry.head_dim, geometry.hidden

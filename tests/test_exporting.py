@@ -14,6 +14,7 @@ from transformers.integrations.executorch import TorchExportableModuleForDecoder
 import kvshare
 from kvshare.errors import UnsupportedModelError, UsageError
 from kvshare.exporting import shared_cache
+from kvshare.timing import cache_bytes
 
 IDS = torch.arange(100, 112)[None]
 SLOTS = 32
@@ -54,8 +55,7 @@ def test_a_program_with_a_small_cache(
         if position >= IDS.shape[1] - 1:
             tokens.append(int(logits[0, -1].argmax()))
     assert tokens == run.sequences[0].tolist()
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers)
-    assert bytes_of_cache(program) * (IDS.shape[1] + 11) == held * SLOTS
+    assert bytes_of_cache(program) * (IDS.shape[1] + 11) == cache_bytes(run.cache) * SLOTS
 
 
 def test_what_has_no_small_cache_is_refused(converted_folder: Callable[..., Path]) -> None:

@@ -282,9 +282,8 @@ def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight
 ) -> None:
     """gptj before transformers 5.24 has no attention function to be given."""
     monkeypatch.delattr(modeling_gptj, "eager_attention_forward")
-    monkeypatch.setattr(
-        modeling_kvshare, "_attention_class", modeling_kvshare._attention_class.__wrapped__
-    )  # as if for the first time
+    # as if for the first time
+    monkeypatch.setattr(modeling_kvshare, "_attention_class", modeling_kvshare._attention_class.__wrapped__)
     source = source_folder("gptj")
     for verb in (
         lambda: kvshare.convert(source, tmp_path / "out", init="mean", heal=False, eval_mode="off"),

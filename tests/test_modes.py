@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Quan
 from transformers.cache_utils import QuantizedLayer
 
 import kvshare
+from kvshare.timing import cache_bytes
 
 TINY = Path(kvshare.__file__).parent / "tiny"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -21,10 +22,6 @@ PROMPT = torch.tensor([AutoTokenizer.from_pretrained(TINY)(TEXT[0])["input_ids"]
 
 def pair(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), kvshare.load(folder, dtype=dtype)
-
-
-def cache_bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def assisted(model: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import kvshare
 from kvshare.runtime.modeling_kvshare import shared_class
+from kvshare.timing import cache_bytes
 from kvshare.verification import verify_form
 
 # the source, the init and the heads by layer of each form that is held against its native one; `mixed`: layers of all forms
@@ -155,11 +156,7 @@ def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], for
     _, shared = pair(form, kv_heads)
     inputs = prompt(TEXT[:1])
     full, small = (generate(model, inputs, min_new_tokens=12).cache for model in (source, shared))
-
-    def measured(cache: Any) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-    assert measured(full) == measured(small) * 16 // kv_heads
+    assert cache_bytes(full) == cache_bytes(small) * 16 // kv_heads
 
 
 def test_one_storage_for_the_shared_projection(pair: Callable[..., tuple[Any, Any]]) -> None:

@@ -24,6 +24,7 @@ from transformers.generation.continuous_batching import cache as paged
 import kvshare
 from kvshare.errors import UnsupportedModelError
 from kvshare.paged import shared_pages
+from kvshare.timing import cache_bytes
 from kvshare.verification import verify_form
 
 IDS = torch.arange(100, 130)[None]
@@ -31,10 +32,8 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token
 KEYS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("qwen2", {}),
     "window": ("mistral", {"sliding_window": 12}),
-    "pairs": (
-        "gptj",
-        {"rotary_dim": 4, "n_inner": 48, "num_key_value_heads": ...},
-    ),  # neither of these configs has a number of KV heads
+    # neither of these configs has a number of KV heads
+    "pairs": ("gptj", {"rotary_dim": 4, "n_inner": 48, "num_key_value_heads": ...}),
     "one tensor": ("gpt_neox", {"partial_rotary_factor": 0.5, "hidden_dropout": 0.0, "num_key_value_heads": ...}),
     "both kinds": ("qwen3", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
 }
@@ -163,9 +162,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 from killing import run_together
-from test_tools import IDS, SETTINGS, cache_bytes
+from test_tools import IDS, SETTINGS
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+
+from kvshare.timing import cache_bytes
 
 out, folders = Path(sys.argv[1]), sys.argv[2:]
 
@@ -181,10 +182,6 @@ def job(again):
 
 print(run_together(job, out)[0])
 """
-
-
-def cache_bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def test_tensor_parallelism(
@@ -245,17 +242,18 @@ def test_adapters_are_merged_and_saved(folder: Callable[[str], Path], tmp_path: 
     assert 2 * sizes[1] == sizes[0]
 
 
-@pytest.mark.parametrize("kind", [{"lora_bias": True}, {"ia3": True}, {"hra": True}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(target_modules=["k_proj"], lora_bias=True),
+        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.HRAConfig(target_modules=["k_proj", "down_proj"], r=4),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
 @torch.no_grad()
-def test_adapters_that_have_to_do_with_biases(folder: Callable[[str], Path], kind: dict[str, bool]) -> None:
+def test_adapters_that_have_to_do_with_biases(folder: Callable[[str], Path], config: peft.PeftConfig) -> None:
     """One adds a bias, one scales that of k_proj, one adds it itself: as when they are merged."""
-    targets = ["k_proj", "down_proj"]
-    if "ia3" in kind:
-        config: Any = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
-    else:
-        config = (
-            peft.HRAConfig(r=4, target_modules=targets) if "hra" in kind else peft.LoraConfig(target_modules=["k_proj"], **kind)
-        )
     plain = kvshare.load(folder("biases"), dtype=torch.float32)
     model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
     for value in model.parameters():

@@ -460,13 +460,15 @@ def _fused_class(native: type[nn.Module]) -> type[nn.Module]:
     return derived(_fused_class, native, {"forward": forward})
 
 
-class _View:
+class _View(NamedTuple):
     """What attention that computes all by itself is given in place of the cache: it takes in what keys and values share, which that
     attention hands it as values, and gives keys and values back.
     """
 
-    def __init__(self, attention: Any, cache: Any, tables: Rotary | None) -> None:
-        self.attention, self.cache, self.tables = attention, cache, tables
+    attention: Any
+    cache: Any
+    rotate: Any
+    tables: Rotary | None
 
     def update(self, key: Tensor, value: Tensor, layer: int, kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Both (batch, kv heads, new tokens, head_dim), or each head repeated; so are the keys and values of all slots."""
@@ -481,15 +483,14 @@ class _View:
             biases = projection.parts(bias)[:: own.kvshare_repeat, -2:, None]  # (kv heads, 2, 1, head_dim)
             key, value = shared + biases[:, 0], shared + biases[:, 1]
         if self.tables is not None:
-            rotate = rotation_of(type(own).__mro__[1])
-            key = _rotated(rotate, key, self.tables, key.shape[-1])
+            key = _rotated(self.rotate, key, self.tables, key.shape[-1])
         return key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
 
 
 @functools.cache
 def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
     """The shared form of an attention class with query_key_value whose own forward is right but for the cache (falcon, bloom)."""
-    cache = cache_name(native)
+    rotate, cache = rotation_of(native), cache_name(native)
 
     def forward(
         self: Any, hidden_states: Tensor, *args: Any, past_key_values: Any = None, position_embeddings: Any = None, **kwargs: Any
@@ -499,7 +500,7 @@ def _viewing_class(native: type[nn.Module]) -> type[nn.Module]:
             new = hidden_states.shape[1]
             tables = tuple(table[:, :-new] if table.shape[1] > new else table for table in position_embeddings)
             kwargs["position_embeddings"] = tuple(table[:, -new:] for table in position_embeddings)
-        view = _View(self, cache_of(past_key_values, kwargs), tables if self.kvshare_rotates else None)
+        view = _View(self, cache_of(past_key_values, kwargs), rotate, tables if self.kvshare_rotates else None)
         return native.forward(self, hidden_states, *args, **{cache: view}, **kwargs)
 
     return derived(_viewing_class, native, {"forward": forward})
