@@ -23,6 +23,7 @@ from kvshare.families import Family
 from kvshare.layout import pair_order
 from kvshare.memory import BATCH_TOKENS, IN_MEMORY
 from kvshare.moments import Attending
+from kvshare.runtime.kvshare_attention import SOFTCAPPED
 from kvshare.runtime.kvshare_tables import rotation_of
 
 
@@ -45,8 +46,9 @@ class _StopError(Exception):
 
 
 @contextmanager
-def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> Iterator[None]:
-    """Decoder layers that compute nothing: each gives `result` of the hidden states that enter it."""
+def bypassed(model: Any, layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> Iterator[None]:
+    """Decoder layers of a model that compute nothing: each gives `result` of the hidden states that enter it."""
+    records = bool(getattr(model, "_can_record_outputs", None))  # of what layers do by themselves: they give hidden states alone
 
     def forward(*positional: Any, **keywords: Any) -> Tensor:
         return result(positional[0] if positional else keywords["hidden_states"])
@@ -55,7 +57,7 @@ def bypassed(layers: nn.ModuleList, result: Callable[[Tensor], Tensor] = lambda 
         return forward(*positional, **keywords), None
 
     for layer in layers:
-        gives_weights = "output_attentions" in inspect.signature(type(layer).forward).parameters  # those of attention, in a tuple
+        gives_weights = not records and "output_attentions" in inspect.signature(type(layer).forward).parameters  # in a tuple
         layer.forward = forward_with_weights if gives_weights else forward
     try:
         yield
@@ -111,10 +113,10 @@ def first_inputs(
         # in float32 from here on, so that rope tables are exact whatever the embedding is stored in
         decoder(inputs_embeds=embedding(ids.to(embedding.weight.device)).float(), use_cache=False)
 
-    with bypassed(layers), _hooks([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]):
+    with bypassed(model, layers), _hooks([layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]):
         enter(rows[:1])
     hidden = None
-    with bypassed(layers), _hooks([layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
+    with bypassed(model, layers), _hooks([layers[0].register_forward_pre_hook(catch, with_kwargs=True)]):
         done = 0
         for batch in batches(rows):
             enter(batch)
@@ -183,7 +185,7 @@ def attending(attention: Any, family: Family, call: LayerCall, turned: int, inpu
     elif alibi is not None:
         bias = alibi.view(-1, 1, alibi.shape[-1])
 
-    softcap = attention.attn_logit_softcapping if family.model_type == "gemma2" else None
+    softcap = attention.attn_logit_softcapping if family.model_type in SOFTCAPPED else None
     sinks = attention.sinks.detach() if hasattr(attention, "sinks") else None
     how = Attending(lambda x, _at: x, lambda x, _at: x, visible, _scaling(attention), softcap, sinks, bias)
     if not turned:

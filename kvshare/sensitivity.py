@@ -182,7 +182,7 @@ def _divergence(model: Any, layers: nn.ModuleList, given: Tensor, wanted: Tensor
 
 def _logits(model: Any, layers: nn.ModuleList, hidden: Tensor) -> Tensor:
     """What a model predicts from last hidden states (rows, length, hidden), with all that the family does behind its layers."""
-    with bypassed(layers, lambda _: hidden):
+    with bypassed(model, layers, lambda _: hidden):
         return model(inputs_embeds=torch.zeros_like(hidden), use_cache=False).logits
 
 

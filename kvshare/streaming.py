@@ -121,5 +121,5 @@ def last_logits(skeleton: Skeleton, hidden: Tensor, device: torch.device) -> Ten
     for module in (head, *(child for child in decoder.children() if all(child is not other for other in inside))):
         module.to(device, torch.float32)
     states = hidden.to(device)
-    with bypassed(skeleton.layers, lambda _: states):
+    with bypassed(skeleton.model, skeleton.layers, lambda _: states):
         return skeleton.model(inputs_embeds=torch.zeros_like(states), use_cache=False).logits

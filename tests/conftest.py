@@ -227,6 +227,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WINDOWS = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 1}
 FALCON = {"head_dim": ..., "num_key_value_heads": ...}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 # the other families of the registry: one small model each, with what is special about it, for the tests that walk them
@@ -252,19 +253,30 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", EXPERTS),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 32}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "mellum": ("mellum", EXPERTS | WINDOWS),
+    "dots1": ("dots1", ROUTED | {"sliding_window": None}),
+    "glm4_moe": ("glm4_moe", ROUTED | {"partial_rotary_factor": 0.5, "use_qk_norm": True, "attention_bias": True}),
     "gemma": ("gemma", {"num_key_value_heads": 1}),
     "gemma2": ("gemma2", WINDOWS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}),
     "gemma3_text": ("gemma3_text", WINDOWS | {"query_pre_attn_scalar": 16}),
+    "vaultgemma": ("vaultgemma", WINDOWS | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}),
     "phi3": ("phi3", {"partial_rotary_factor": 0.5, "pad_token_id": None}),
+    "phimoe": ("phimoe", EXPERTS | {"attention_bias": True}),
     "olmo": ("olmo", {"clip_qkv": 1.0}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", WINDOWS),
     "olmoe": ("olmoe", EXPERTS),
+    "flex_olmo": ("flex_olmo", EXPERTS | {"pad_token_id": None}),
+    "minimax_m2": ("minimax_m2", EXPERTS),
     "granite": (
         "granite",
         {"attention_multiplier": 0.2, "residual_multiplier": 0.4, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     ),
     "granitemoe": ("granitemoe", EXPERTS | {"residual_multiplier": 0.4, "attention_multiplier": 0.3}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        EXPERTS | {"residual_multiplier": 0.4, "attention_multiplier": 0.3, "shared_intermediate_size": 32},
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         EXPERTS
@@ -276,14 +288,25 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"sliding_window": 12}),
     "gpt_oss": ("gpt_oss", WINDOWS | EXPERTS | {"attention_bias": True}),
     "exaone4": ("exaone4", WINDOWS | {"sliding_window_pattern": 2}),
+    "exaone_moe": ("exaone_moe", WINDOWS | ROUTED | {"sliding_window_pattern": 2}),
     "nemotron": ("nemotron", {"partial_rotary_factor": 0.5}),
     "arcee": ("arcee", {}),
+    "apertus": ("apertus", {}),
+    "hy_v3": ("hy_v3", EXPERTS),
+    "jais2": ("jais2", {}),
+    "hyperclovax": ("hyperclovax", {"residual_multiplier": 0.4, "attention_multiplier": 0.2}),
     "seed_oss": ("seed_oss", {"attention_bias": True}),
+    "cwm": ("cwm", WINDOWS),
+    "solar_open": ("solar_open", ROUTED),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", WINDOWS),
     "glm": ("glm", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
     "glm4": ("glm4", {"partial_rotary_factor": 0.5, "attention_bias": True, "pad_token_id": None}),
     "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_intermediate_size": 32, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "use_bias": True},
+    ),
     "helium": ("helium", {}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": 4, "pad_token_id": None, "dropout": 0.0}),
     "gpt_neox": ("gpt_neox", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5, "hidden_dropout": 0.0}),
@@ -298,6 +321,10 @@ FAMILY_SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": (
         "lfm2",
         {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        EXPERTS | {"layer_types": ["conv", "full_attention", "full_attention"], "num_hidden_layers": 3, "num_dense_layers": 1},
     ),
 }
 # models that make K and V by one projection themselves, in layers of full attention: nothing is merged

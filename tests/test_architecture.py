@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 import kvshare
 from kvshare.runtime import NAMES, modeling_kvshare
+from kvshare.runtime.kvshare_tables import rope_of
 
 ROOT = Path(kvshare.__file__).parent
 CLI = ROOT.parent / "cli"
@@ -220,6 +222,10 @@ def test_what_transformers_has_changed_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda states, sine, cosine: states)
     with pytest.raises(ImportError, match="rotates in a way"):
         modeling_kvshare._attention_class.__wrapped__(modeling_llama.LlamaAttention)
+    decoder = torch.nn.Module()
+    decoder.turning = modeling_llama.LlamaRotaryEmbedding(LlamaConfig())
+    with pytest.raises(ImportError, match="makes tables of rope under a name"):
+        rope_of(decoder)
 
 
 def test_the_public_names_are_where_the_front_door_says() -> None:

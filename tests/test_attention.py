@@ -236,7 +236,14 @@ def logits_of_steps(model: Any, ids: Tensor, mask: Tensor, steps: int, **setting
 # no kernel knows these: norms of all heads as one, norms that subtract a mean, clipped keys
 # layers that do not rotate, or make their own keys
 WITHOUT = {"gpt2", "opt", "bloom", "falcon", "falcon-alibi", "falcon-one-head", "granitemoehybrid"}
-REFUSED = {"olmo": "clipped", "olmo2": "each head", "olmo3": "each head", "olmoe": "each head"}
+REFUSED = {
+    "olmo": "clipped",
+    "olmo2": "each head",
+    "olmo3": "each head",
+    "olmoe": "each head",
+    "flex_olmo": "each head",
+    "minimax_m2": "each head",
+}
 
 
 @needs_compiler

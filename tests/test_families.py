@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.gptj import modeling_gptj
 
@@ -293,6 +294,23 @@ def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight
         with pytest.raises(UnsupportedModelError, match=r"GPTJAttention of transformers 5\.\S+ attends in a way"):
             verb()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_draft_tokens_stay_as_they_are(source_folder: Callable[[str], Path], text_file: str, tmp_path: Path) -> None:
+    """They lie behind the layers that the config counts, and transformers does not load them."""
+    source = tmp_path / "source"
+    shutil.copytree(source_folder("glm4_moe"), source)
+    held = load_file(source / "model.safetensors")
+    drafting = {
+        name.replace(".1.", ".2."): value + 1 for name, value in held.items() if name.startswith("model.layers.1.self_attn")
+    }
+    save_file(held | drafting, source / "model.safetensors", metadata={"format": "pt"})
+    settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 512, "eval_data": text_file, "eval_tokens": 256}
+    kvshare.convert(source, tmp_path / "out", recipe=BRIEF, **settings)
+    given = load_file(tmp_path / "out" / "model.safetensors")
+    assert given.keys() == held.keys() | drafting.keys()
+    assert all(torch.equal(given[name], value) for name, value in drafting.items())
+    assert not torch.equal(given["model.layers.1.self_attn.k_proj.weight"], held["model.layers.1.self_attn.k_proj.weight"])
 
 
 def test_what_is_cached_as_one_already_is_refused() -> None:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from .kvshare_channels import with_biases
 from .kvshare_cpu import KINDS, Made, decode_on_cpu, missing
-from .kvshare_tables import Pairs, Tables, by_tiles, every_slot, no_tables, pairs_of, rotation_of
+from .kvshare_tables import Pairs, Tables, by_tiles, every_slot, no_tables, pairs_of, rope_of, rotation_of
 
 VARIABLE = "KVSHARE_ATTENTION"
 BACKENDS = ("eager", "compiled", "triton")
 ATTENTIONS = ("self_attn", "attention", "self_attention", "attn")  # what attention modules are called
 KEY_NORMS = ("k_norm", "k_layernorm")  # what norms of keys are called
 FEW = 8  # new tokens up to which a forward is a step of decoding
-EAGER = ("gemma2", "gpt_oss")  # families for which transformers has no other attention than eager
+SOFTCAPPED = ("gemma2", "vaultgemma")  # families that squash scores
+EAGER = (*SOFTCAPPED, "gpt_oss")  # families for which transformers has no other attention than eager
 LONG = 256  # slots from which on compiling is worth it
 LOGGER = logging.getLogger("kvshare.attention")
 
@@ -94,7 +95,7 @@ def plan_of(decoder: Any, inputs: Tensor) -> Plan:
             continue
         named = [kind] if decoder.kvshare_tables_by_kind else []
         one = torch.ones(1, 1, dtype=torch.long, device=inputs.device)
-        refusal = _refusal_of(attention, decoder.rotary_emb(inputs[:1, :1, :1].float(), one, *named)[1][0, 0])
+        refusal = _refusal_of(attention, rope_of(decoder)(inputs[:1, :1, :1].float(), one, *named)[1][0, 0])
         if refusal:
             return Plan(refusal, (), {})
         found = attention.kvshare_pairs
@@ -134,8 +135,8 @@ def _kernel_tables(
     if pairs is None:
         return no_tables(inputs)
     if inputs.shape[1] > FEW:
-        return every_slot(decoder.rotary_emb, inputs, slots, new, pairs, kind)
-    return by_tiles(decoder.rotary_emb, inputs, slots, new, pairs, kind, backend == "compiled" and pairs.adjacent)
+        return every_slot(rope_of(decoder), inputs, slots, new, pairs, kind)
+    return by_tiles(rope_of(decoder), inputs, slots, new, pairs, kind, backend == "compiled" and pairs.adjacent)
 
 
 def cached_tables(
@@ -168,7 +169,7 @@ def cached_tables(
     for kind, slots in positions.items():
         named = [kind] if decoder.kvshare_tables_by_kind else []
         if choice.backend == "eager":
-            tables[kind] = decoder.rotary_emb(inputs, slots, *named)
+            tables[kind] = rope_of(decoder)(inputs, slots, *named)
         else:
             pairs = decoder.kvshare_plan.pairs[kind]
             first, second, query = _kernel_tables(decoder, inputs, slots, given, pairs, named, choice.backend)

@@ -17,6 +17,8 @@ from torch import Tensor
 from .kvshare_classes import unknown
 from .kvshare_cpu import TILE
 
+ROPES = ("rotary_emb", "pos_emb")  # what decoders call their tables of rope
+
 
 class Pairs(NamedTuple):
     """How a family rotates: the width that it rotates, whether the two of a pair lie side by side, and the column of the family's
@@ -47,6 +49,18 @@ def rotation_of(native: Any) -> Any:
         return next(turned), next(turned)
 
     return both
+
+
+def rope_of(decoder: Any) -> Any:
+    """What makes a decoder's tables of cosines and sines; None where it has none.
+
+    Raises:
+        ImportError: it has a name that is not known, and keys would stay as they are.
+    """
+    found = next((decoder._modules[name] for name in ROPES if name in decoder._modules), None)
+    if found is None and any("Rotary" in type(part).__name__ for part in decoder.children()):
+        raise unknown(type(decoder), "makes tables of rope under a name")
+    return found
 
 
 def pairs_of(rotate: Any, sample: Tensor, width: int) -> Pairs | None:

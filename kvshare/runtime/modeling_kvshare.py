@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .kvshare_attention import ATTENTIONS, KEY_NORMS, attend, cached_tables, first_of, layers_of
+from .kvshare_attention import ATTENTIONS, KEY_NORMS, SOFTCAPPED, attend, cached_tables, first_of, layers_of
 from .kvshare_bits import BITS, dequantise
 from .kvshare_cache import (
     admit,
@@ -60,7 +60,7 @@ from .kvshare_projections import (
     project,
     unreplaced,
 )
-from .kvshare_tables import rotation_of, turn_queries
+from .kvshare_tables import rope_of, rotation_of, turn_queries
 
 if TYPE_CHECKING:  # older versions of transformers copy the files that this one names, and none that those name in turn
     from .kvshare_c import SOURCE  # noqa: F401
@@ -74,8 +74,8 @@ FORMS = ("shared", "exact")
 VALUE_ERROR = 0.02  # of their size: what values made of cached keys may be off by
 Rotary = tuple[Tensor, ...]  # cos and sin, (batch, tokens, rotated width); once more of the cached keys, where there are any
 # what some families hand to the attention function beside the usual: its name there, and of which attribute
-ARGUMENTS = {"gemma2": {"softcap": "attn_logit_softcapping"}, "gpt_oss": {"s_aux": "sinks"}}
-ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4")  # where layers have a window, those without one do not rotate
+ARGUMENTS = {**{family: {"softcap": "attn_logit_softcapping"} for family in SOFTCAPPED}, "gpt_oss": {"s_aux": "sinks"}}
+ROTATE_WINDOWS_ALONE = ("cohere2", "exaone4", "exaone_moe")  # where layers have a window, those without one do not rotate
 OUTPUTS = ("o_proj", "dense", "out_proj")  # what output projections are called
 NORMS = (("q_norm", "q_layernorm"), KEY_NORMS)  # what norms of queries and of keys are called
 HALF_TABLES = ("gpt_oss", "gptj")  # tables hold a number for each rope pair, not for each number that is rotated
@@ -569,7 +569,7 @@ def _plain_decoder_class(native: type[nn.Module]) -> type[nn.Module]:
             position_ids = own_positions(position_ids, past_key_values, given)
             first = self.kvshare_first
             follow(past_key_values, first, position_ids, kwargs.get("attention_mask"))
-            if getattr(self, "rotary_emb", None) is not None:
+            if rope_of(self) is not None:
                 slots = key_positions(past_key_values, first, position_ids)
                 if slots is not position_ids:
                     position_ids = torch.cat([slots, position_ids.expand(len(slots), -1)], 1)
@@ -720,7 +720,7 @@ def _share(model: Any) -> None:
         )
     decoder = model.get_decoder()
     layers = layers_of(decoder)
-    rope = getattr(decoder, "rotary_emb", None)
+    rope = rope_of(decoder)
     kinds: dict[str, int] = {}
     layer_types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
     for layer, heads in zip(block["layers"], block.get("kv_heads") or [None] * len(block["layers"]), strict=True):
