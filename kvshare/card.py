@@ -125,6 +125,8 @@ def _story(config: dict[str, Any]) -> str:
     source, tokens = block["source"], block["healed_tokens"]
     commit = f", commit `{source['commit']}`" if source.get("commit") else ""
     origin = f"The source is `{source['name']}`{commit}."
+    if source.get("whole"):
+        origin += f" Of this {source['whole']},\nit is the text model alone: it takes no images, audio or video."
     if block["form"] == "exact":
         heads = config.get("num_key_value_heads", source["num_key_value_heads"])
         return (

@@ -22,6 +22,7 @@ from kvshare.source import (
     refuse_redirections,
     refused,
     tensor_spec,
+    without_images,
 )
 
 
@@ -88,7 +89,7 @@ def describe(model: str | Path) -> Source:
     tensors = by_name(specs, found.weight_map)
     sizes = {file: names.get(file, 0) for file in sorted(found.files_metadata)}
     present = tuple(file for file in TOKENIZER_FILES if file in names)
-    return Source(repository, folder, info.sha, config, tensors, sizes, present)
+    return without_images(Source(repository, folder, info.sha, config, tensors, sizes, present))
 
 
 def http_errors() -> tuple[type[Exception], ...]:

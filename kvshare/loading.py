@@ -15,9 +15,9 @@ from torch import Tensor
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.mixture import uses_self
 from kvshare.native import is_rotated, native_class, outlined, read_config
-from kvshare.parsing import shown
-from kvshare.source import read_json, read_tensor_specs, weight_files
-from kvshare.tensors import read_tensor
+from kvshare.parsing import is_file, shown
+from kvshare.source import GENERATION, open_source, read_json, read_tensor_specs, weight_files
+from kvshare.tensors import map_tensor, read_tensor
 from kvshare.verification import verify_form
 
 Forward = Callable[[Tensor], Tensor]  # token ids (rows, length) to logits (rows, length, vocabulary)
@@ -87,7 +87,7 @@ def _shared_class(folder: Path) -> Any:
 
 
 def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None) -> Any:
-    """A model folder, shared or not, through transformers' own class.
+    """A model folder, shared or not, through transformers' own class; its text model alone, where it holds more.
 
     Raises:
         BadCheckpointError: missing tensors, tensors of another shape, or a config that transformers cannot use.
@@ -102,9 +102,16 @@ def load_native(folder: Path, *, dtype: torch.dtype | str = "auto", device_map: 
             "give the model that it was converted from",
         )
 
-    native_class(folder, read_tensor_specs(folder, weight_files(folder)))
-    config = read_config(folder)
-    return _strict(transformers.AutoModelForCausalLM, folder, config, dtype=dtype, device_map=device_map, trust_remote_code=False)
+    source = open_source(folder)
+    native, config = native_class(folder, source.tensors), read_config(folder)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+    if source.whole is None:
+        return _strict(transformers.AutoModelForCausalLM, folder, config, trust_remote_code=False, **options)
+    state = {name: map_tensor(folder, spec) for name, spec in source.tensors.items()}
+    model = _strict(native, None, config, state_dict=state, **options)
+    if is_file(folder / GENERATION):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
 
 
 def writer_of(data: str, folder: Path, device: torch.device) -> Any:
@@ -144,8 +151,10 @@ def plain_forward(model: Any) -> Forward:
     return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
-def _strict(loader: Any, folder: Path, config: Any, **options: Any) -> Any:
-    """Load, and treat a tensor that is missing as the error it is: transformers would fill it with random numbers."""
+def _strict(loader: Any, folder: Path | None, config: Any, **options: Any) -> Any:
+    """Load from a folder, or from a `state_dict` among the options, and treat a tensor that is missing as the error it is:
+    transformers would fill it with random numbers.
+    """
     given = {name: value for name, value in options.items() if value is not None}
     model, info = loader.from_pretrained(
         folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True, **given

@@ -22,10 +22,11 @@ from kvshare.parsing import is_file, shown
 from kvshare.runtime import ROTATED
 from kvshare.source import FLOATS, GENERATION, Source, TensorSpec, read_json
 from kvshare.tensors import DTYPES
+from kvshare.text_models import text_config
 
 
 def read_config(folder: Path) -> Any:
-    """The config of a model folder, of transformers' own class.
+    """The config of a model folder, of transformers' own class; that of the text model alone, where the folder holds more.
 
     How attention is computed is for whoever loads the model to say: a config may name a kernel, which is code from the Hub.
 
@@ -41,7 +42,11 @@ def read_config(folder: Path) -> Any:
             named = str(read_json(folder / "config.json")["model_type"])
             config = rotated_config(CONFIG_MAPPING[named.removeprefix(ROTATED)]).from_pretrained(folder, local_files_only=True)
         else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            text = text_config(folder, read_json(folder / "config.json"))
+            if text is None:
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            else:
+                config = CONFIG_MAPPING[text["model_type"]].from_dict(text)
         config._attn_implementation = None
         config._experts_implementation = None
         if config.dtype not in (None, *DTYPES.values()):
@@ -125,7 +130,7 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
 
     Args:
         folder: of the model.
-        tensors: by name, from its headers.
+        tensors: by name, from its headers; those of the text model alone, where the folder holds more.
 
     Raises:
         BadCheckpointError: a config that cannot be used, a tensor that is missing or has another shape than the class gives it.
@@ -134,6 +139,7 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     raw = read_json(folder / "config.json")
+    raw = text_config(folder, raw) or raw
     family = family_of(str(raw.get("model_type", ""))).located(tensors)
     require_attention(tensors, family, geometry_of(raw, family, str(folder)), str(folder))  # so there is an end to what is made
     config = read_config(folder)

@@ -247,6 +247,8 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
     layers, source_heads, head_dim, hidden = geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.hidden
     require_attention(source.tensors, family, geometry, source.name)
     reasons: list[str] = []
+    if source.whole is not None:
+        reasons.append(f"only the text model of this {source.whole} is converted: the output takes no images, audio or video")
     if recipe.form == "rotated":
         require_rotated(source, family)
     if family.tied:

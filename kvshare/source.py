@@ -11,13 +11,15 @@ import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.families import FAMILIES
 from kvshare.parsing import is_file, is_folder, parse_json, read_bytes, shown
+from kvshare.text_models import text_config, text_names
 
 TINY = "kvshare/tiny"
 INDEX = "model.safetensors.index.json"
@@ -89,7 +91,8 @@ class Source:
     """What is known of a model before a weight is read.
 
     `name` is the Hub id or the folder's name; `commit` the Hub commit or None for a local folder; `tensors`
-    are keyed by name; `file_bytes` are the sizes of the weight files.
+    are keyed by name; `file_bytes` are the sizes of the weight files. Of a checkpoint that holds images or audio beside a text
+    model, config and tensors are those that the text model would have alone; `whole` is then its architecture.
     """
 
     name: str
@@ -99,6 +102,7 @@ class Source:
     tensors: dict[str, TensorSpec]
     file_bytes: dict[str, int]
     tokenizer_files: tuple[str, ...]
+    whole: str | None = None
 
     @property
     def model_type(self) -> str:
@@ -108,7 +112,8 @@ class Source:
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the source in a converted checkpoint and when work is resumed."""
-        return {"name": self.name, "commit": self.commit, "file_bytes": self.file_bytes}
+        found = {"name": self.name, "commit": self.commit, "file_bytes": self.file_bytes}
+        return found if self.whole is None else found | {"whole": self.whole}
 
 
 def open_source(model: str | Path) -> Source:
@@ -133,7 +138,20 @@ def open_source(model: str | Path) -> Source:
     tensors = read_tensor_specs(path, files)
     present = tuple(file for file in TOKENIZER_FILES if is_file(path / file))
     sizes = {file: (path / file).stat().st_size for file in files}
-    return Source(name, path, commit, config, tensors, sizes, present)
+    return without_images(Source(name, path, commit, config, tensors, sizes, present))
+
+
+def without_images(source: Source) -> Source:
+    """The text model of a source that holds more; otherwise the source as it is."""
+    config = text_config(source.path, source.config)
+    if config is None:
+        return source
+    names = text_names(source.tensors, FAMILIES[config["model_type"]])
+    tensors = {name: replace(source.tensors[stored], name=name) for stored, name in names.items()}
+    architectures = source.config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    whole = named if isinstance(named, str) and named.isidentifier() else source.model_type
+    return replace(source, config=config, tensors=tensors, whole=whole)
 
 
 def _locate(model: str) -> tuple[str, Path, str | None]:
