@@ -27,8 +27,9 @@ from torch import Tensor
 
 from kvshare import processes
 from kvshare.errors import BadCheckpointError, KVShareError, NoSpaceError, UnfinishedWorkError, UsageError
+from kvshare.headers import TensorSpec, data_bytes
 from kvshare.journal import JOURNAL, Journal
-from kvshare.source import INDEX, SINGLE, TensorSpec, data_bytes
+from kvshare.source import INDEX, SINGLE
 from kvshare.tensors import DTYPES, is_finite
 
 MANIFEST = "kvshare_manifest.json"

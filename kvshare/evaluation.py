@@ -18,6 +18,7 @@ from kvshare.documents import check_data
 from kvshare.errors import UsageError
 from kvshare.exact import through_cache
 from kvshare.figures import Perplexities, as_json, mean_and_error, perplexities
+from kvshare.headers import ITEM_BYTES, read_header
 from kvshare.loading import Forward, load, load_native, plain_forward
 from kvshare.mixture import uses_self
 from kvshare.native import require_one_vocabulary
@@ -28,7 +29,7 @@ from kvshare.quantised import quantised_bytes, through_quantised_cache
 from kvshare.recipe import Probes, load_recipe, settings_of
 from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.sections import Evaluation
-from kvshare.source import ITEM_BYTES, open_source, read_header, weight_files
+from kvshare.source import open_source, weight_files
 from kvshare.tensors import DTYPES, best_device
 from kvshare.verification import read_block
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from kvshare.errors import UnsupportedModelError
+from kvshare.headers import ITEM_BYTES
 from kvshare.planning import Plan
 from kvshare.progress import Progress
 from kvshare.runtime.kvshare_attention import ATTENTIONS, first_of, layers_of
 from kvshare.runtime.kvshare_cache import cache_name
 from kvshare.runtime.modeling_kvshare import VALUE_ERROR, exact_maps, round_keys
-from kvshare.source import ITEM_BYTES
 from kvshare.tensors import DTYPES, best_device, read_tensor
 
 

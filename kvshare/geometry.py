@@ -13,7 +13,7 @@ from typing import Any
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError
 from kvshare.families import PARTS, Family, Part
-from kvshare.source import FLOATS, TensorSpec
+from kvshare.headers import FLOATS, TensorSpec
 
 SHARED: tuple[Part, Part] = ("k", "v")
 

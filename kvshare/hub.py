@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
+from kvshare.headers import TensorSpec, tensor_spec
 from kvshare.source import (
     GENERATION,
     TOKENIZER_FILES,
     Source,
-    TensorSpec,
     by_name,
     hub_id,
     inside,
@@ -21,7 +21,6 @@ from kvshare.source import (
     read_json,
     refuse_redirections,
     refused,
-    tensor_spec,
     without_images,
 )
 

@@ -18,6 +18,7 @@ from kvshare.budget import divisors, head_units
 from kvshare.checkpoint import check_output, fresh_folder, publish, workspace, write_json
 from kvshare.data import calibration_rows, tokenizer_for
 from kvshare.findings import Inspection, LayerFigures, LayerOption
+from kvshare.headers import ITEM_BYTES
 from kvshare.layerwise import Solved, solve_alone
 from kvshare.loading import writer_of
 from kvshare.merge.regroup import layer_problems
@@ -29,7 +30,7 @@ from kvshare.plots import draw, png, svg
 from kvshare.progress import Progress, silent
 from kvshare.recipe import INSPECTED_TOKENS, load_recipe
 from kvshare.sensitivity import per_energy
-from kvshare.source import ITEM_BYTES, Source, open_source
+from kvshare.source import Source, open_source
 from kvshare.spectra import HeadFigures, head_figures, joint_energies
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import best_device

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvshare.headers import ITEM_BYTES, TensorSpec
 from kvshare.mixture import uses_self
 from kvshare.recipe import Recipe, calibrates, data_used
 from kvshare.sections import Heal
-from kvshare.source import ITEM_BYTES, TensorSpec
 
 LIBRARIES = 1_200_000_000  # torch and transformers, tokens, the parts of attention that moments are taken of
 LOGITS = 1 << 30  # of one forward, see `rows_per_forward`

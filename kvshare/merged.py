@@ -32,6 +32,7 @@ from kvshare.checkpoint import (
 )
 from kvshare.errors import BadCheckpointError
 from kvshare.evaluation import Report
+from kvshare.headers import TensorSpec, read_header
 from kvshare.journal import Journal, versions
 from kvshare.layerwise import LayerReport, MergedBefore, MergedLayer, as_stored, merge_layers, merge_on_statistics
 from kvshare.layout import names, pack, unpack
@@ -43,7 +44,7 @@ from kvshare.progress import Progress
 from kvshare.quality import named_text
 from kvshare.recipe import made_by
 from kvshare.runtime import ROTATED_MODELING, SHIPPED
-from kvshare.source import CARRIED_FILES, TensorSpec, read_header
+from kvshare.source import CARRIED_FILES
 from kvshare.statistics import open_statistics, read_moments
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.streams import open_streams

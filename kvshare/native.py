@@ -18,9 +18,10 @@ from torch import Tensor
 from kvshare.errors import BadCheckpointError, UnsupportedModelError, UsageError
 from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
+from kvshare.headers import FLOATS, TensorSpec
 from kvshare.parsing import is_file, shown
 from kvshare.runtime import ROTATED
-from kvshare.source import FLOATS, GENERATION, Source, TensorSpec, read_json
+from kvshare.source import GENERATION, Source, read_json
 from kvshare.tensors import DTYPES
 from kvshare.text_models import text_config
 

@@ -15,13 +15,14 @@ from kvshare.budget import UNTOUCHED, LayerHeads, budget_units, form_reasons, he
 from kvshare.errors import UsageError
 from kvshare.families import PARTS, Family
 from kvshare.geometry import geometry_of, require_attention, require_tensor
+from kvshare.headers import ITEM_BYTES, TensorSpec, data_bytes
 from kvshare.hub import describe
 from kvshare.memory import kept_bytes, peak_memory
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, one_process_because, require_exact
 from kvshare.rotated import require_rotated, rotated_config, rotated_reasons
 from kvshare.sizes import bytes_of, shard_files
-from kvshare.source import ITEM_BYTES, Source, TensorSpec, data_bytes
+from kvshare.source import Source
 from kvshare.tied import tied_reasons, tied_recipe
 
 Action = Literal["copy", "merge"]

@@ -24,6 +24,7 @@ from kvshare.activations import first_inputs
 from kvshare.checkpoint import check_output, check_space, fresh_folder, publish, workspace, write_json
 from kvshare.data import calibration_rows, tokenizer_for
 from kvshare.errors import BadCheckpointError, UsageError
+from kvshare.headers import read_header
 from kvshare.layerwise import source_moments
 from kvshare.loading import writer_of
 from kvshare.merge import AttentionWeights, Grouping, Moments
@@ -33,7 +34,7 @@ from kvshare.parsing import is_file, shown
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
 from kvshare.recipe import Recipe, load_recipe
-from kvshare.source import open_source, read_header, read_json
+from kvshare.source import open_source, read_json
 from kvshare.streaming import Skeleton, open_skeleton, read_layer
 from kvshare.tensors import best_device, read_tensor
 from kvshare.tied import require_apart

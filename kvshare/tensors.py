@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvshare import processes
 from kvshare.errors import BadCheckpointError, UnsupportedModelError
-from kvshare.source import TensorSpec
+from kvshare.headers import TensorSpec
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # integers of the same bytes, and all bits of the exponent, which are set in NaN and infinity alone

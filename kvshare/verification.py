@@ -18,13 +18,14 @@ from kvshare.checkpoint import FORMAT_VERSION, MANIFEST, sha256
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family, family_of
 from kvshare.geometry import geometry_of, require_attention
+from kvshare.headers import TensorSpec
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
 from kvshare.repeats import check_repeats, shapes_of
 from kvshare.rotated import says_rotated
 from kvshare.runtime import ROTATED
 from kvshare.runtime.kvshare_channels import FILE, read_channels
-from kvshare.source import TensorSpec, read_json, read_tensor_specs, refuse_redirections, weight_files
+from kvshare.source import read_json, read_tensor_specs, refuse_redirections, weight_files
 
 FORMS = ("shared", "exact", "rotated")  # how the runtime makes keys and values of what is cached
 

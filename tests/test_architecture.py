@@ -26,7 +26,7 @@ LAYERS = [
     ["errors"],
     ["parsing"],
     ["runtime"],
-    ["families"],
+    ["families", "headers"],
     ["text_models"],
     ["sections", "source", "budget", "repeats", "processes"],
     ["rotated"],

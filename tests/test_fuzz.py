@@ -44,6 +44,7 @@ from kvshare.data import load_tokenizer, token_rows
 from kvshare.documents import SEPARATOR, check_data
 from kvshare.errors import KVShareError
 from kvshare.families import family_of
+from kvshare.headers import read_header
 from kvshare.healing import COMMAND, check_earlier
 from kvshare.hub import describe
 from kvshare.journal import JOURNAL, open_journal, read_journal
@@ -56,7 +57,7 @@ from kvshare.runtime.kvshare_channels import FILE as CHANNELS
 from kvshare.sections import Calibration
 from kvshare.sensitivity import Sensitivity
 from kvshare.sizes import bytes_of
-from kvshare.source import INDEX, SINGLE, Source, open_source, read_header
+from kvshare.source import INDEX, SINGLE, Source, open_source
 from kvshare.statistics import DESCRIPTION, LAYER_FILE
 from kvshare.streaming import open_skeleton
 from kvshare.training import HealResult

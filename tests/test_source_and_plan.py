@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 import kvshare
 from kvshare.errors import BadCheckpointError, KVShareError, UnsupportedModelError, UsageError
 from kvshare.families import FAMILIES
-from kvshare.source import INDEX, SINGLE, open_source, read_header
+from kvshare.headers import read_header
+from kvshare.source import INDEX, SINGLE, open_source
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 VALUE = "model.layers.1.self_attn.v_proj.weight"
