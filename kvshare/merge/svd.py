@@ -223,7 +223,7 @@ def _common_scales(problem: GroupProblem, second: Tensor) -> Tensor:
     heads, r = problem.heads, problem.rotary_dim
     half = r // 2
     # E[k conj(k')] per pair from the real second moments: (half, g, g)
-    target = problem.key_target[:, :r].reshape(heads * r, -1)
+    target = problem.key_target[:, :r].flatten(0, 1)  # (g r, n); r may be 0
     blocks = (target @ second @ target.T).reshape(heads, 2, half, heads, 2, half)
     same = torch.einsum("gajhaj->jgh", blocks)
     crossed = torch.einsum("gjhj->jgh", blocks[:, 1, :, :, 0]) - torch.einsum("gjhj->jgh", blocks[:, 0, :, :, 1])
