@@ -42,8 +42,16 @@ WHOLE = (
 # what a text model does to its logits when it is alone, and where that does nothing; inside, only these do it, too
 OF_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 SAME_LOGITS = ("gemma4",)
-# where checkpoints keep the decoder, the most particular first, and the output embedding
-DECODERS = ("language_model.model.", "model.language_model.", "model.text_model.", "language_model.", "model.")
+# where checkpoints of all versions keep the decoder, the most particular first, what sees beside it, and the output embedding
+DECODERS = (
+    "model.language_model.model.",
+    "language_model.model.",
+    "model.language_model.",
+    "model.text_model.",
+    "language_model.",
+    "model.",
+)
+SEES = "visual."
 HEADS = ("language_model.lm_head.", "lm_head.")
 # what text models are without images: a token of text has one position in time, height and width, so rope is the usual one
 ALONE = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -107,7 +115,8 @@ def text_names(stored: Collection[str], family: Family) -> dict[str, str]:
     if decoder is None:
         return {}
     head = next((prefix for prefix in HEADS if any(name.startswith(prefix) for name in stored)), None)
-    names = {name: f"{first}.{name.removeprefix(decoder)}" for name in stored if name.startswith(decoder)}
+    inside = {name: name.removeprefix(decoder) for name in stored if name.startswith(decoder)}
+    names = {name: f"{first}.{rest}" for name, rest in inside.items() if not rest.startswith(SEES)}
     if head is not None:
         names |= {name: f"lm_head.{name.removeprefix(head)}" for name in stored if name.startswith(head)}
     return names

@@ -15,8 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import kvshare
 from kvshare.errors import UnsupportedModelError
+from kvshare.families import FAMILIES
 from kvshare.loading import load_native
 from kvshare.source import open_source
+from kvshare.text_models import text_names
 
 TEXT_MODEL = {
     "hidden_size": 32,
@@ -109,6 +111,28 @@ def test_it_computes_what_it_computes_inside(tmp_path: Path, model_type: str, ti
     with torch.no_grad():
         wanted = AutoModelForImageTextToText.from_pretrained(folder).eval()(input_ids=ids).logits
         assert torch.equal(alone(ids).logits, wanted)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "head"),
+    [
+        ("language_model.model", "language_model.lm_head"),
+        ("model.language_model.model", "language_model.lm_head"),
+        ("model.language_model", "lm_head"),
+        ("model.text_model", "lm_head"),
+        ("model", "lm_head"),
+    ],
+)
+def test_it_is_found_under_the_names_of_all_versions(decoder: str, head: str) -> None:
+    own = ["embed_tokens.weight", "layers.0.self_attn.k_proj.weight", "layers.1.mlp.up_proj.weight", "norm.weight"]
+    beside = [
+        "visual.blocks.0.attn.qkv.weight",
+        "model.visual.blocks.0.attn.qkv.weight",
+        "vision_tower.layers.0.self_attn.k_proj.weight",
+    ]
+    stored = [*(f"{decoder}.{name}" for name in own), f"{head}.weight", *beside]
+    expected = {f"{decoder}.{name}": f"model.{name}" for name in own} | {f"{head}.weight": "lm_head.weight"}
+    assert text_names(stored, FAMILIES["qwen2"]) == expected
 
 
 def test_it_is_converted_and_nothing_else(qwen3_vl: Path, tmp_path: Path, text_file: str) -> None:
