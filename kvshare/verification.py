@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kvshare.checkpoint import FORMAT_VERSION, MANIFEST, sha256
 from kvshare.errors import BadCheckpointError
-from kvshare.families import Family, family_of
-from kvshare.geometry import geometry_of, require_attention
+from kvshare.families import Family, Part, family_of
+from kvshare.geometry import SHARED, geometry_of, require_attention
 from kvshare.headers import TensorSpec
 from kvshare.layout import fused_parts
 from kvshare.parsing import is_file, is_folder, shown
@@ -153,19 +153,22 @@ def verify_form(checkpoint: Path) -> int:
     for layer, (kv_heads, _) in shapes.items():
         if block["form"] == "exact":
             continue
-        key, value = (_bytes(checkpoint, specs[family.weight(layer, part)]) for part in ("k", "v"))
-        if family.fused:
-            heads = (geometry.query_heads, geometry.kv_heads)
-            key, value = _parts(key, specs[family.weight(layer, "k")].shape, family, heads)
-        if key != value:
+        heads = (geometry.query_heads, geometry.kv_heads)
+        named = [{part: name(layer, part) for part in SHARED} for name in (family.weight, family.bias)]
+        weights, biases = ({part: specs[name] for part, name in names.items() if name in specs} for names in named)
+        rows = _rows(checkpoint, weights, family, heads)
+        if rows["k"] != rows["v"]:
             raise BadCheckpointError(
                 f"K and V of layer {layer} differ in {checkpoint}",
                 "the shared cache would compute another function than the stored weights",
                 "convert the model again; train shared models through kvshare only",
             )
-        for name in (family.weight(layer, "k"), family.bias(layer, "k"), family.bias(layer, "v")):
-            if name in specs and kv_heads < geometry.kv_heads:
-                check_repeats(name, _bytes(checkpoint, specs[name]), geometry.kv_heads // kv_heads, geometry.kv_heads)
+        if kv_heads == geometry.kv_heads:
+            continue
+        held = [(weights["k"].name, rows["k"])]
+        held += [(biases[part].name, data) for part, data in _rows(checkpoint, biases, family, heads).items()]
+        for name, data in held:
+            check_repeats(name, data, geometry.kv_heads // kv_heads, geometry.kv_heads)
     return len(block["layers"])
 
 
@@ -179,18 +182,20 @@ def _check_channels(checkpoint: Path, shapes: dict[int, tuple[int, int]]) -> Non
         ) from None
 
 
-def _bytes(folder: Path, spec: TensorSpec) -> bytes:
-    with (folder / spec.file).open("rb") as stream:
-        stream.seek(spec.start)
-        return stream.read(spec.bytes)
-
-
-def _parts(data: bytes, shape: tuple[int, ...], family: Family, heads: tuple[int, int]) -> tuple[bytes, bytes]:
-    """The bytes of k and of v in a tensor of that shape, which holds q, k and v, of a model with these query and KV heads."""
-    whole = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*shape, -1)
-    rows = whole.transpose(0, 1) if family.transposed else whole
-    _, key, value = fused_parts(rows, heads, family)
-    return key.numpy().tobytes(), value.numpy().tobytes()
+def _rows(folder: Path, tensors: dict[Part, TensorSpec], family: Family, heads: tuple[int, int]) -> dict[Part, bytes]:
+    """The bytes of k and v, or of their biases, of a model with these query and KV heads, by the tensors that hold them."""
+    found: dict[Part, bytes] = {}
+    for part, spec in tensors.items():
+        if family.fused and found:  # both were in one tensor
+            break
+        with (folder / spec.file).open("rb") as stream:
+            stream.seek(spec.start)
+            found[part] = stream.read(spec.bytes)
+        if family.fused:
+            whole = torch.frombuffer(bytearray(found[part]), dtype=torch.uint8).view(*spec.shape, -1)  # (numbers, bytes of each)
+            rows = whole.transpose(0, 1) if family.transposed and len(spec.shape) > 1 else whole
+            found = {name: fused_parts(rows, heads, family)["qkv".index(name)].numpy().tobytes() for name in SHARED}
+    return found
 
 
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:

@@ -115,6 +115,32 @@ def test_a_family_with_fewer_heads(
     assert family_of(shared.config.model_type).kv_heads_of(shared.config.to_dict(), 4) == 1
 
 
+@pytest.mark.parametrize("key", ["phi3", "falcon"])
+@torch.no_grad()
+def test_one_tensor_for_all_projections_holds_repeated_heads(
+    source_folder: Callable[[str], Path], text_file: str, tmp_path: Path, key: str
+) -> None:
+    """A cache budget gives one layer fewer heads than the config names."""
+    settings: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 1024, "eval_mode": "off", "recipe": BRIEF}
+    found = kvshare.convert(source_folder(key), tmp_path / "out", cache_budget=0.4, **settings)
+    assert found.plan.layer_heads == (2, 1)
+    native, shared = loaded(tmp_path / "out"), kvshare.load(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(100, 140)[None]
+    given = shared(ids)
+    torch.testing.assert_close(given.logits, native(ids).logits, atol=1e-4, rtol=0)
+    assert cached_numbers(given.cache) == 3 * 40 * 8
+    shared.save_pretrained(tmp_path / "again")
+
+    family = family_of(shared.config.model_type)
+    name = family.weight(1, "k")
+    weights = load_file(tmp_path / "again" / "model.safetensors")
+    weights[name][-1] += 1  # of the last head of V
+    weights[name][-1 - 2 * 8 if key == "phi3" else -1 - 8] += 1  # and of K
+    save_file(weights, tmp_path / "again" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadCheckpointError, match=rf"{name} does not hold each of its heads 2 times"):
+        kvshare.load(tmp_path / "again")
+
+
 @pytest.mark.parametrize("key", ["phi3", "qwen3_moe", "gemma3_text", "opt", "gpt_neox", "falcon", "gptj", "lfm2"])
 def test_what_is_saved_is_what_was_loaded(forms: Callable[[str, str], Path], tmp_path: Path, key: str) -> None:
     kvshare.load(forms(key, "svd")).save_pretrained(tmp_path)
