@@ -36,8 +36,9 @@ def with_weights(layer: nn.Module, family: Family, weights: AttentionWeights, fo
     for name, value in pack(weights, family).items():
         module, _, kind = name.rpartition(".")
         setattr(attention.get_submodule(module), kind, nn.Parameter(value.to(device, torch.float32, copy=True)))
-    if hasattr(attention, "num_kv_heads"):
-        attention.num_kv_heads = weights.kv_heads
+    for name in ("num_kv_heads", "num_key_value_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, weights.kv_heads)
     attention.num_key_value_groups = weights.query_heads // weights.kv_heads
     if form == "rotated":
         from kvshare.runtime.kvshare_rotated import rotate_attention

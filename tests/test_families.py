@@ -99,7 +99,7 @@ def test_weights_are_read_and_written_without_loss(source_folder: Callable[[str]
         assert torch.equal(value.to(stored[name].dtype), stored[name]), name
 
 
-@pytest.mark.parametrize("key", ["phi3", "gemma2", "cohere2", "exaone4", "gpt_oss", "qwen3_moe", "falcon"])
+@pytest.mark.parametrize("key", ["phi3", "gemma2", "cohere2", "exaone4", "gpt_oss", "qwen3_moe", "stablelm", "falcon"])
 @torch.no_grad()
 def test_a_family_with_fewer_heads(
     once: Callable[[str, Callable[[Path], Any]], Path], source_folder: Callable[[str], Path], text_file: str, key: str
