@@ -140,8 +140,8 @@ def test_whoever_loads_a_checkpoint_finds_its_channels(checkpoint: Path, tmp_pat
     plain = kvshare.load(checkpoint, dtype=torch.float32, cache_bits=4)
     assert plain.model.layers[0].self_attn.kvshare_channels is None
     assert not torch.equal(plain(PROMPT, use_cache=True).logits, expected)
-    plain.save_pretrained(tmp_path / "plain")
-    assert not (tmp_path / "plain" / FILE).exists()
+    plain.save_pretrained(tmp_path / "saved")  # where the channels of another model lie
+    assert not (tmp_path / "saved" / FILE).exists()
     # a file that others have damaged
     (checkpoint / FILE).write_text('{"format_version": 1, "layers": {}}')
     with pytest.raises(ValueError, match="cannot be used: its layers are not the 6 shared ones"):

@@ -113,10 +113,14 @@ def give_channels(attentions: list[Any], name: Any, options: Mapping[str, Any]) 
 
 
 def save_channels(attentions: list[Any], folder: Path) -> None:
-    """Write the file of a model that is saved, where its attention modules have channels; see `give_channels`."""
+    """Write the file of a model that is saved, where its attention modules have channels; see `give_channels`. Otherwise the file of
+    another model, which lies there, is removed.
+    """
     found = {module.layer_idx: module.kvshare_channels for module in attentions if module.kvshare_channels is not None}
     if found:
         (folder / FILE).write_text(as_text(found), encoding="utf-8")
+    else:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def channels_on(attention: Any, device: torch.device) -> Channels | None:
