@@ -111,7 +111,8 @@ class Heal(Section):
     lora_targets: tuple[str, ...] = Field(
         (
             *("q_proj", "o_proj", "out_proj", "dense", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),
-            *("fc1", "fc2", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+            *("fc1", "fc2", "fc_in", "fc_out", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h"),
+            *("w1", "w2", "w3", "input_linear", "output_linear"),
         ),
         min_length=1,
     )

@@ -180,6 +180,7 @@ def count_trained(student: Any, settings: Heal) -> tuple[int, int]:
 def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
     """The student with LoRA on its targets, and copies to train of what is trained in full."""
     from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     layers = range(int(student.config.num_hidden_layers))
     whole = _modules(student, family, student.config.kvshare["layers"], "k")
@@ -193,11 +194,12 @@ def _with_adapters(student: Any, settings: Heal, family: Family) -> Any:
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # noise that the teacher does not have; one pass over the text needs no other regulariser
+    targets = [*_lora_targets(student, settings, family.k, whole), *shared]
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=2 * settings.lora_rank,
         lora_dropout=0.0,
-        target_modules=[*_lora_targets(student, settings, family.k, whole), *shared],
+        target_modules=targets or DUMMY_TARGET_MODULES,  # experts are no linear layers: all that is left may be trained in full
         modules_to_save=whole or None,
         fan_in_fan_out=family.transposed,
         task_type="CAUSAL_LM",

@@ -322,6 +322,21 @@ def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["gptj", "qwen3_moe"])
+def test_attention_is_trained_in_full_where_nothing_else_is_linear(
+    forms: Callable[[str, str], Path], source_folder: Callable[[str], Path], text_file: str, tmp_path: Path, key: str
+) -> None:
+    """Of qwen3_moe, whose experts are no linear layers, that is all that heals."""
+    heal = BRIEF.heal.model_copy(update={"attention": "full", "sequence_length": 64, "batch_tokens": 256})
+    recipe = BRIEF.model_copy(update={"heal": heal})
+    kvshare.heal(forms(key, "svd"), tmp_path / "healed", source_folder(key), text_file, tokens=1024, recipe=recipe)
+    before, after = (loaded(folder).state_dict() for folder in (forms(key, "svd"), tmp_path / "healed"))
+    changed = {name.rpartition(".")[0].rpartition(".")[2] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed >= {"q_proj", "k_proj", "v_proj"}
+    assert changed & {"experts", "gate"} == set()
+    assert ("fc_in" in changed) == (key == "gptj")
+
+
 def test_layers_that_draft_tokens_stay_as_they_are(source_folder: Callable[[str], Path], text_file: str, tmp_path: Path) -> None:
     """They lie behind the layers that the config counts, and transformers does not load them."""
     source = tmp_path / "source"
