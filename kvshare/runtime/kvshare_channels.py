@@ -113,7 +113,7 @@ def give_channels(attentions: list[Any], name: Any, options: Mapping[str, Any]) 
 
 
 def save_channels(attentions: list[Any], folder: Path) -> None:
-    """Write the file of a model that is saved, where its attention modules have channels; see `give_channels`. Otherwise the file of
+    """Write the file of a model that is saved, where its attention modules have channels; see `give_channels`. Otherwise the one of
     another model, which lies there, is removed.
     """
     found = {module.layer_idx: module.kvshare_channels for module in attentions if module.kvshare_channels is not None}
