@@ -44,7 +44,6 @@ from kvshare.evaluation import Report, evaluation_rows
 from kvshare.families import family_of
 from kvshare.geometry import geometry_of
 from kvshare.journal import JOB, JOURNAL, Journal, check_same, content_of, flat, open_journal, read_journal, versions
-from kvshare.layout import tied
 from kvshare.loading import load, load_native, reload
 from kvshare.memory import kept_bytes
 from kvshare.merge import repeat_heads
@@ -335,16 +334,20 @@ def write_healed(
     staged: Path, checkpoint: Path, student: Any, changed: dict[str, Tensor], result: HealResult, recipe: Recipe
 ) -> None:
     """Write weights and config into `staged`; every tensor that was not trained is copied byte for byte."""
+    from kvshare.runtime.kvshare_projections import as_native
+
     specs = read_tensor_specs(checkpoint, weight_files(checkpoint))
     # a base model's checkpoint lacks the first part of each name
     bare = f"{student.base_model_prefix}."
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
     geometry = geometry_of(config, family, str(checkpoint))
-    if family.kv_heads is not None and not family.fused:
-        for name in [name for name in changed if f".{family.k}." in name]:
+    changed |= as_native(student, changed)
+    for name in [] if family.fused else [name for name in changed if f".{family.k}." in name]:
+        if family.kv_heads is not None:
             changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
-    heads = (geometry.query_heads, geometry.kv_heads)
-    changed = {name if name in specs else name.removeprefix(bare): value for name, value in tied(changed, family, heads).items()}
+        if name.endswith(".weight"):
+            changed[name.replace(f".{family.k}.", f".{family.v}.")] = changed[name]
+    changed = {name if name in specs else name.removeprefix(bare): value for name, value in changed.items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():
         if spec.name in changed:

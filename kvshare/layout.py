@@ -102,27 +102,6 @@ def _reordered(field: str, value: Tensor, head_dim: int, order: Tensor) -> Tenso
     return value.unflatten(dim, (-1, head_dim)).index_select(dim + 1, order.to(value.device)).flatten(dim, dim + 1)
 
 
-def tied(tensors: Mapping[str, Tensor], family: Family, heads: tuple[int, int]) -> dict[str, Tensor]:
-    """The tensors, by full names, with v made equal to k wherever k is among them.
-
-    Args:
-        tensors: any of a model.
-        family: of the model.
-        heads: its query heads and KV heads.
-    """
-    result = dict(tensors)
-    for name, value in tensors.items():
-        prefix, found, _ = name.rpartition(f".{family.k}.weight")
-        if found and family.fused:
-            rows = value.T if family.transposed else value
-            query, key, _ = fused_parts(rows, heads, family)
-            whole = fused_rows((query, key, key), heads, family)
-            result[name] = whole.T.contiguous() if family.transposed else whole
-        elif found:
-            result[f"{prefix}.{family.v}.weight"] = value
-    return result
-
-
 def names(family: Family) -> frozenset[str]:
     """The names that `pack` may give."""
     return frozenset(_fields(family).values())

@@ -129,10 +129,20 @@ def test_one_tensor_for_all_projections_holds_repeated_heads(
     given = shared(ids)
     torch.testing.assert_close(given.logits, native(ids).logits, atol=1e-4, rtol=0)
     assert cached_numbers(given.cache) == 3 * 40 * 8
-    shared.save_pretrained(tmp_path / "again")
 
-    family = family_of(shared.config.model_type)
-    name = family.weight(1, "k")
+    # and what is trained stays so: only one of equal heads is
+    heal = BRIEF.heal.model_copy(update={"sequence_length": 64, "batch_tokens": 256})
+    recipe = BRIEF.model_copy(update={"heal": heal})
+    with torch.enable_grad():
+        kvshare.heal(tmp_path / "out", tmp_path / "healed", source_folder(key), text_file, tokens=1024, recipe=recipe)
+    healed = kvshare.load(tmp_path / "healed", dtype=torch.float32)
+    assert not torch.allclose(healed(ids).logits, given.logits, atol=1e-4)
+    torch.testing.assert_close(healed(ids).logits, loaded(tmp_path / "healed")(ids).logits, atol=1e-4, rtol=0)
+    name = family_of(shared.config.model_type).weight(1, "k")
+    shared.get_parameter(name).mul_(torch.rand(len(shared.get_parameter(name)), 1))
+    shared.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(shared(ids).logits, loaded(tmp_path / "again")(ids).logits, atol=1e-4, rtol=0)
+
     weights = load_file(tmp_path / "again" / "model.safetensors")
     weights[name][-1] += 1  # of the last head of V
     weights[name][-1 - 2 * 8 if key == "phi3" else -1 - 8] += 1  # and of K

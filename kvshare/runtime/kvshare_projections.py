@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
+def first_of_runs(heads: Tensor, repeat: int) -> Tensor:
+    """Heads (kv heads, ...), each run of `repeat` made of its first."""
+    return heads[::repeat].repeat_interleave(repeat, 0)
+
+
 class SharedProjection(nn.Linear):
     """k_proj without its bias: what keys and values have in common. Its bias stays a parameter and is added to keys."""
 
@@ -33,11 +38,17 @@ class FusedProjection(Conv1D):
         query, shared = (input @ self.weight[:, : 2 * width]).split(width, -1)
         return query + self.bias[:width], shared
 
+    def stored(self, held: Tensor) -> Tensor:
+        """The weight (hidden, 3 * hidden), or the bias, as the native class needs it: the last third of a weight as the second."""
+        return held if held.dim() == 1 else torch.cat([*held.chunk(3, 1)[:2], held.chunk(3, 1)[1]], 1)
+
 
 class RowsProjection(nn.Linear):
     """qkv_proj, of which only the rows of queries and of keys are computed; those of values equal those of keys. It has no bias."""
 
     kvshare_queries: int  # how many rows are of queries
+    kvshare_width: int  # head_dim
+    kvshare_run: int  # equal KV heads in a row, of which the first is used
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(..., hidden) -> queries, and what keys and values have in common: (..., query or kv heads * head_dim)."""
@@ -45,12 +56,20 @@ class RowsProjection(nn.Linear):
         query, shared = nn.functional.linear(input, self.weight[:-rows]).split([self.kvshare_queries, rows], -1)
         return query, shared
 
+    def stored(self, held: Tensor) -> Tensor:
+        """The weight (rows, hidden) as the native class needs it: keys as they are used, and values alike."""
+        rows = (self.out_features - self.kvshare_queries) // 2
+        heads = held[self.kvshare_queries : -rows].unflatten(0, (-1, self.kvshare_width))
+        shared = first_of_runs(heads, self.kvshare_run).flatten(0, 1)
+        return torch.cat([held[: self.kvshare_queries], shared, shared])
+
 
 class GroupedProjection(nn.Linear):
     """query_key_value, whose rows stand by KV heads: those of its query heads, of keys, of values. The last are not computed."""
 
     kvshare_width: int  # head_dim
     kvshare_heads: int  # KV heads
+    kvshare_run: int  # equal ones in a row, of which the first is used
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(..., hidden) -> queries, and what keys and values have in common before biases: (..., query or kv heads * head_dim)."""
@@ -66,6 +85,14 @@ class GroupedProjection(nn.Linear):
     def parts(self, rows: Tensor) -> Tensor:
         """(rows, ...) -> (kv heads, query heads of each + 2, head_dim, ...)."""
         return rows.unflatten(0, (self.kvshare_heads, -1, self.kvshare_width))
+
+    def stored(self, held: Tensor) -> Tensor:
+        """The weight (rows, hidden), or the bias, as the native class needs it: what stands behind queries as it is used, and in a
+        weight values as keys.
+        """
+        parts = self.parts(held)
+        keys, values = (first_of_runs(parts[:, place], self.kvshare_run) for place in (-2, -1 if held.dim() == 1 else -2))
+        return torch.cat([parts[:, :-2], keys[:, None], values[:, None]], 1).flatten(0, 2)
 
 
 class RepeatedProjection(GroupedProjection):
@@ -91,6 +118,18 @@ class ValueBias(nn.Module):
     def extra_repr(self) -> str:
         """What is said to those who look for v_proj."""
         return "k_proj makes keys and values"
+
+
+def as_native(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors that hold q, k and v, and their biases, those that are among `tensors`, by full names, as the native class needs
+    them: rows that the shared form does not use are made of those that it does.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (FusedProjection, RowsProjection, GroupedProjection)):
+            held = [f"{name}.{kind}" for kind in ("weight", "bias") if f"{name}.{kind}" in tensors]
+            found |= {full: module.stored(tensors[full]) for full in held}
+    return found
 
 
 def outer_bias(module: Any, like: Tensor) -> Any:

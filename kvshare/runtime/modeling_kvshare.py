@@ -56,6 +56,7 @@ from .kvshare_projections import (
     RowsProjection,
     SharedProjection,
     ValueBias,
+    as_native,
     outer_bias,
     project,
     unreplaced,
@@ -681,16 +682,7 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         tied = {f"{name}.k_proj.weight" for name, attention in _shared_attention(self) if hasattr(attention, "kvshare_value_norm")}
         for name in [name for name in state if name.endswith(".k_proj.weight") and name not in tied]:
             state.setdefault(name.replace(".k_proj.", ".v_proj."), state[name].clone())
-        for name, attention in _shared_attention(self):
-            if (fused := f"{name}.query_key_value.weight") in state:
-                parts = attention.query_key_value.parts(state[fused])
-                state[fused] = torch.cat([parts[:, :-1], parts[:, -2:-1]], 1).flatten(0, 2)
-            if (fused := f"{name}.qkv_proj.weight") in state:
-                rows = attention.kvshare_stored * attention.head_dim
-                state[fused] = torch.cat([state[fused][:-rows], state[fused][-2 * rows : -rows]])
-        for name in [name for name in state if name.endswith(".c_attn.weight")]:
-            query, shared, _ = state[name].chunk(3, 1)
-            state[name] = torch.cat([query, shared, shared], 1)
+        state |= as_native(self, state)
         native.save_pretrained(self, save_directory, state_dict=state, **kwargs)
 
     members = {
@@ -773,12 +765,14 @@ def _share_projection(attention: Any, query_heads: int) -> Any:
     if hasattr(attention, "qkv_proj"):
         attention.qkv_proj.__class__ = RowsProjection
         attention.qkv_proj.kvshare_queries = query_heads * attention.head_dim
+        attention.qkv_proj.kvshare_width, attention.qkv_proj.kvshare_run = attention.head_dim, attention.kvshare_repeat
         return _attention_class
     if hasattr(attention, "query_key_value"):
         own = not hasattr(sys.modules[type(attention).__module__], "eager_attention_forward")
         attention.query_key_value.__class__ = RepeatedProjection if own else GroupedProjection
         attention.query_key_value.kvshare_width = attention.head_dim
         attention.query_key_value.kvshare_heads = attention.kvshare_stored
+        attention.query_key_value.kvshare_run = attention.kvshare_repeat
         return _viewing_class if own else _attention_class
     if attention.v_proj is None:
         attention.kvshare_value_norm, attention.v_norm = attention.v_norm, nn.Identity()
