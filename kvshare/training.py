@@ -114,7 +114,7 @@ def train(
     steps = math.ceil(len(rows) / batch)
     size = BASE_HIDDEN / int(student.config.hidden_size) * min(1.0, BASE_RANK / settings.lora_rank)
     highest = settings.learning_rate or BASE_RATE * math.sqrt(size)
-    warmup = min(0.5, max(WARMUP / steps, min(0.05, 20 / steps)))  # of all steps
+    warmup = min(0.5, max(WARMUP / steps, min(0.05, 20 / steps))) if steps > 1 else 0.0  # of all steps; it begins at nothing
     schedule = Schedule(micro, batch // (micro * processes.count()), steps, highest, warmup=warmup)
 
     teacher.requires_grad_(False)

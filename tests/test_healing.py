@@ -345,6 +345,16 @@ def test_every_term_is_reported_and_lowers_itself(
     assert last == pytest.approx(plain.terms["kl"], rel=1e-5)
 
 
+def test_a_single_step_trains(
+    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str
+) -> None:
+    """The rate begins at nothing where it has steps to rise in."""
+    folder, recipe = converted_folder("llama-gqa"), small(tmp_path, tokens=256)
+    kvshare.heal(folder, tmp_path / "healed", source_folder("llama-gqa"), text_file, tokens=256, recipe=recipe)
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "healed"))
+    assert not torch.equal(before["model.layers.0.self_attn.k_proj.weight"], after["model.layers.0.self_attn.k_proj.weight"])
+
+
 def test_nothing_to_resume_is_told(converted_folder: Callable[..., Path], tmp_path: Path, text_file: str) -> None:
     with pytest.raises(UsageError, match="nothing to resume"):
         kvshare.heal(converted_folder("tiny"), tmp_path / "out", "kvshare/tiny", text_file, resume=True)
