@@ -196,15 +196,19 @@ def random_model(folder: Path, model_type: str, **fields: Any) -> Path:
     settings = {"vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False}
     settings |= fields if "n_embd" in fields else shape | fields
     config = transformers.AutoConfig.for_model(model_type, **{name: value for name, value in settings.items() if value is not ...})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("bias"):
-                value.normal_(0, 0.5)
-            elif value.dim() == 1:
-                value.uniform_(0.5, 1.5)
-            else:
-                value.normal_(0, value.shape[1] ** -0.5)
+    return save_random(transformers.AutoModelForCausalLM.from_config(config), folder)
+
+
+@torch.no_grad()
+def save_random(model: Any, folder: Path) -> Path:
+    """Give a model random weights, under which no layer is idle, and save it with the bundled tokenizer."""
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            value.normal_(0, 0.5)
+        elif value.dim() == 1:
+            value.uniform_(0.5, 1.5)
+        else:
+            value.normal_(0, value.shape[1] ** -0.5)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY_FOLDER / name, folder / name)

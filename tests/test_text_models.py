@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BRIEF, TINY_FOLDER, edit_json
+from conftest import BRIEF, edit_json, save_random
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -70,17 +70,7 @@ def whole_model(folder: Path, model_type: str, tied: bool) -> Path:
     parts = {"text_config": {**TEXT_MODEL, **text}, "vision_config": seen}
     config = AutoConfig.for_model(model_type, **parts, tie_word_embeddings=tied)
     config.text_config.tie_word_embeddings = not tied  # which does not count
-    model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for value in model.parameters():
-            if value.dim() == 1:
-                value.uniform_(0.5, 1.5)
-            else:
-                value.normal_(0, value.shape[1] ** -0.5)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY_FOLDER / name, folder / name)
-    return folder
+    return save_random(AutoModelForImageTextToText.from_config(config), folder)
 
 
 def as_published(config: dict[str, Any]) -> None:
