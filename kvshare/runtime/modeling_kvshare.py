@@ -749,7 +749,8 @@ def _share(model: Any) -> None:
         native_layer: Any = type(layer)
         layer.__class__ = _layer_class(native_layer)
     decoder.__class__ = _decoder_class(native_decoder)
-    decoder.kvshare_tables_by_kind = "layer_type" in inspect.signature(type(rope).forward).parameters
+    takes_kind = "layer_type" in inspect.signature(type(rope).forward).parameters
+    decoder.kvshare_tables_by_kind = takes_kind and not isinstance(getattr(rope, "rope_type", None), str)  # phimoe has one for all
 
 
 def _share_projection(attention: Any, query_heads: int) -> Any:
