@@ -13,12 +13,25 @@ from conftest import FAMILY_SOURCES, SOURCES, TEXT, TINY_FOLDER
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+from transformers.models.phimoe import modeling_phimoe
 
 import kvshare
 from kvshare.runtime.kvshare_positions import follow, key_positions, leave
 
 # families without rope; those with experts differ from their like in nothing that counts here
 WITHOUT = {"gpt2", "opt", "bloom", "falcon-alibi", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoehybrid"}
+WITHOUT |= {
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "granitemoeshared",
+    "hy_v3",
+    "mellum",
+    "minimax_m2",
+    "phimoe",
+    "solar_open",
+}
 KEYS = sorted({*SOURCES, *FAMILY_SOURCES} - WITHOUT)
 IDS = torch.arange(100, 152).view(2, 26)
 SIZES = [18, 1, 1, 1, 5]  # a prompt, tokens one by one, and several at once
@@ -266,3 +279,21 @@ def test_what_is_recorded_is_made_of_the_positions_it_is_given(monkeypatch: pyte
     assert key_positions(cache, 0, torch.tensor([[8], [3]])).tolist() == [[*range(3, 9)], [*range(-2, 4)]]
     leave(cache, 0)
     assert cache.kvshare_seen is seen
+
+
+def test_tables_that_are_all_alike_are_asked_for_without_a_kind_of_layer(
+    model_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """phimoe's in transformers 5.4 take a kind of layer and know none."""
+    native = modeling_phimoe.PhimoeRotaryEmbedding.forward
+
+    def forward(self: Any, x: Any, position_ids: Any, layer_type: Any = None) -> Any:
+        assert layer_type is None
+        return native(self, x, position_ids)
+
+    monkeypatch.setattr(modeling_phimoe.PhimoeRotaryEmbedding, "forward", forward)
+    model, ids = model_of("phimoe"), torch.arange(100, 120)[None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = torch.cat([model(part, cache=cache).logits for part in ids.split([17, 1, 2], 1)], 1)
+        torch.testing.assert_close(parts, model(ids, use_cache=False).logits, atol=1e-4, rtol=0)
