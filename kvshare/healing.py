@@ -342,11 +342,12 @@ def write_healed(
     family, config = family_of(student.config.model_type), read_json(checkpoint / "config.json")
     geometry = geometry_of(config, family, str(checkpoint))
     changed |= as_native(student, changed)
-    for name in [] if family.fused else [name for name in changed if f".{family.k}." in name]:
-        if family.kv_heads is not None:
-            changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
-        if name.endswith(".weight"):
-            changed[name.replace(f".{family.k}.", f".{family.v}.")] = changed[name]
+    if not family.fused:
+        for name in [name for name in changed if f".{family.k}." in name]:
+            if family.kv_heads is not None:
+                changed[name] = repeat_heads(changed[name], geometry.head_dim, geometry.kv_heads)
+            if name.endswith(".weight"):
+                changed[name.replace(f".{family.k}.", f".{family.v}.")] = changed[name]
     changed = {name if name in specs else name.removeprefix(bare): value for name, value in changed.items()}
     writer = WeightWriter(staged, [OutputTensor(s.name, s.dtype, s.shape, s.file) for s in specs.values()])
     for spec in specs.values():

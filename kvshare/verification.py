@@ -154,8 +154,7 @@ def verify_form(checkpoint: Path) -> int:
         if block["form"] == "exact":
             continue
         heads = (geometry.query_heads, geometry.kv_heads)
-        named = [{part: name(layer, part) for part in SHARED} for name in (family.weight, family.bias)]
-        weights, biases = ({part: specs[name] for part, name in names.items() if name in specs} for names in named)
+        weights = {part: specs[family.weight(layer, part)] for part in SHARED}
         rows = _rows(checkpoint, weights, family, heads)
         if rows["k"] != rows["v"]:
             raise BadCheckpointError(
@@ -165,6 +164,7 @@ def verify_form(checkpoint: Path) -> int:
             )
         if kv_heads == geometry.kv_heads:
             continue
+        biases = {part: specs[name] for part in SHARED if (name := family.bias(layer, part)) in specs}
         held = [(weights["k"].name, rows["k"])]
         held += [(biases[part].name, data) for part, data in _rows(checkpoint, biases, family, heads).items()]
         for name, data in held:
@@ -182,20 +182,23 @@ def _check_channels(checkpoint: Path, shapes: dict[int, tuple[int, int]]) -> Non
         ) from None
 
 
+def _bytes(folder: Path, spec: TensorSpec) -> bytes:
+    with (folder / spec.file).open("rb") as stream:
+        stream.seek(spec.start)
+        return stream.read(spec.bytes)
+
+
 def _rows(folder: Path, tensors: dict[Part, TensorSpec], family: Family, heads: tuple[int, int]) -> dict[Part, bytes]:
     """The bytes of k and v, or of their biases, of a model with these query and KV heads, by the tensors that hold them."""
-    found: dict[Part, bytes] = {}
-    for part, spec in tensors.items():
-        if family.fused and found:  # both were in one tensor
-            break
-        with (folder / spec.file).open("rb") as stream:
-            stream.seek(spec.start)
-            found[part] = stream.read(spec.bytes)
-        if family.fused:
-            whole = torch.frombuffer(bytearray(found[part]), dtype=torch.uint8).view(*spec.shape, -1)  # (numbers, bytes of each)
-            rows = whole.transpose(0, 1) if family.transposed and len(spec.shape) > 1 else whole
-            found = {name: fused_parts(rows, heads, family)["qkv".index(name)].numpy().tobytes() for name in SHARED}
-    return found
+    if not family.fused:
+        return {part: _bytes(folder, spec) for part, spec in tensors.items()}
+    if not tensors:
+        return {}
+    spec = tensors["k"]  # which holds v, too
+    whole = torch.frombuffer(bytearray(_bytes(folder, spec)), dtype=torch.uint8).view(*spec.shape, -1)
+    rows = whole.transpose(0, 1) if family.transposed and len(spec.shape) > 1 else whole
+    _, key, value = fused_parts(rows, heads, family)
+    return {"k": key.numpy().tobytes(), "v": value.numpy().tobytes()}
 
 
 def listed_files(checkpoint: Path) -> dict[str, dict[str, Any]]:
