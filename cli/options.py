@@ -43,6 +43,10 @@ MaxPerplexityIncrease = Annotated[
     float | None,
     typer.Option(help="Quality gate, such as 0.05: a result that is worse by more is not published (exit code 6)."),
 ]
+MLX = Annotated[
+    bool | None,
+    typer.Option("--mlx", help="Have mlx-lm use the smaller cache, too; its tools then ask for --trust-remote-code."),
+]
 MaxShardSize = Annotated[
     str | None, typer.Option(help="The most of a weight file, such as 5GB; as the source's files when not given.")
 ]

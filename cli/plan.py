@@ -23,6 +23,7 @@ def run(
     eval_tokens: options.Tokens = None,
     eval_mode: options.EvalMode = None,
     max_perplexity_increase: options.MaxPerplexityIncrease = None,
+    mlx: options.MLX = None,
     seed: options.Seed = None,
     max_shard_size: options.MaxShardSize = None,
     quiet: options.Quiet = False,
@@ -49,6 +50,7 @@ def run(
         eval_tokens=eval_tokens,
         eval_mode=eval_mode,
         max_perplexity_increase=max_perplexity_increase,
+        mlx=mlx,
         seed=seed,
         max_shard_size=max_shard_size,
     )

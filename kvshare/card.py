@@ -18,6 +18,7 @@ from kvshare.families import family_of
 from kvshare.mixture import ENDINGS, named, parts_of
 from kvshare.parsing import is_file, parse_yaml, read_bytes
 from kvshare.recipe import CALIBRATED, Recipe
+from kvshare.runtime import MLX
 from kvshare.sections import Evaluation
 from kvshare.source import Source, read_json
 
@@ -108,14 +109,13 @@ def write_card(config: dict[str, Any], matter: dict[str, Any], report: dict[str,
     """
     block = config["kvshare"]
     name, exact = block["source"]["name"], block["form"] == "exact"
-    rotated = block["form"] == "rotated"
     parts = [f"# {name}, with {'half the cache' if exact else 'a shared K and V'}", _story(config), "## Results"]
     parts.append(
         _results(block, report) if "perplexity" in report else "These weights have not been measured: `kvshare eval` does."
     )
     if plot is not None:
         parts.append(f"![what the report holds, drawn]({plot})")
-    parts += ["## Loading", _loading(config), "## Limits", _limits(exact, rotated), _recipe(block)]
+    parts += ["## Loading", _loading(config), "## Limits", _limits(block["form"], config.get("model_file") == MLX), _recipe(block)]
     return f"---\n{yaml.safe_dump(matter, sort_keys=True).strip()}\n---\n" + "\n\n".join(parts) + "\n"
 
 
@@ -225,22 +225,35 @@ Without `trust_remote_code` transformers refuses it: no class of its own compute
     kvshare.load("<this folder>")                                                    # the same, without remote code
 
 Without `trust_remote_code` it loads as an ordinary `{config["model_type"]}` model that computes the same function with a
-{cache}. {training}"""
+{cache}. {training}{_in_mlx(config)}"""
 
 
-def _limits(exact: bool, rotated: bool) -> str:
+def _in_mlx(config: dict[str, Any]) -> str:
+    """How mlx-lm is told that it may run the code that comes along, and how it does without."""
+    if config.get("model_file") != MLX:
+        return ""
+    return f"""
+
+With the smaller cache in mlx-lm, as it is or behind `mlx_lm.convert`:
+
+    mlx_lm.generate --model "<this folder>" --trust-remote-code --prompt "..."   # runs {MLX} of this folder
+
+Without `model_file` in its `config.json`, mlx-lm runs it without that code, with a full-size cache."""
+
+
+def _limits(form: str, in_mlx: bool) -> str:
     """What a reader should know before relying on it; no figures, because none of them was measured on these weights."""
     lines = [
         "The cache is smaller; decoding is not faster, because keys are rebuilt on every read.",
-        "Other runtimes than transformers load the native form, with a full-size cache.",
+        f"Other runtimes than transformers{' and mlx-lm' if in_mlx else ''} load the native form, with a full-size cache.",
         "Perplexity on one text says little about another task: measure yours.",
     ]
-    if rotated:
+    if form == "rotated":
         lines[:2] = [
             "It is another function than the source's, fitted to it: values are rotated keys, turned back behind attention.",
             "No other runtime than transformers loads it, and it has no native form.",
         ]
-    if exact:
+    if form == "exact":
         lines.append("Full precision only: quantised weights or caches, and unmerged adapters on K or V, do not fit this form.")
     else:
         lines.append("Associative recall suffers earlier than perplexity where heads are merged.")

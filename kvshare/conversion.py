@@ -108,6 +108,7 @@ def convert(
     eval_tokens: int | None = None,
     eval_mode: str | None = None,
     max_perplexity_increase: float | None = None,
+    mlx: bool | None = None,
     seed: int | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
@@ -135,6 +136,7 @@ def convert(
         eval_data, eval_tokens: held-out text for the final measurement.
         eval_mode: `whole`, with both models in memory; `layers`, layer by layer; or `off`.
         max_perplexity_increase: the quality gate, such as 0.05; a result that is worse is not published.
+        mlx: whether mlx-lm uses the smaller cache, too.
         seed: decides samples, order of data and initial LoRA weights.
         max_shard_size: the most bytes of a weight file, such as `5GB`; None keeps the files of the source.
         overwrite: replace an output that kvshare wrote.
@@ -164,6 +166,7 @@ def convert(
         eval_mode,
         seed,
         max_perplexity_increase,
+        mlx,
     )
     processes.require_one("this conversion", one_process_because(settings))
     target = Path(output)

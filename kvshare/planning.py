@@ -18,6 +18,7 @@ from kvshare.geometry import geometry_of, require_attention, require_tensor
 from kvshare.headers import ITEM_BYTES, TensorSpec, data_bytes
 from kvshare.hub import describe
 from kvshare.memory import kept_bytes, peak_memory
+from kvshare.mlx import mlx_config
 from kvshare.recipe import CALIBRATED, Recipe, conversion_recipe
 from kvshare.refusals import convertible_family, one_process_because, require_exact
 from kvshare.rotated import require_rotated, rotated_config, rotated_reasons
@@ -196,6 +197,7 @@ def plan(
     eval_tokens: int | None = None,
     eval_mode: str | None = None,
     max_perplexity_increase: float | None = None,
+    mlx: bool | None = None,
     seed: int | None = None,
     max_shard_size: int | str | None = None,
 ) -> Plan:
@@ -223,6 +225,7 @@ def plan(
         eval_mode,
         seed,
         max_perplexity_increase,
+        mlx,
     )
     most = None if max_shard_size is None else bytes_of(max_shard_size, "max_shard_size")
     return make_plan(describe(model), settings, max_shard_bytes=most)
@@ -312,7 +315,10 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         output_config |= {family.kv_heads: heads, "head_dim": head_dim}
     elif family.kv_heads and family.merges_heads(config):
         output_config[family.kv_heads] = heads
-    output_config.pop("auto_map", None)
+    for name in ("auto_map", "model_file"):  # code of the source
+        output_config.pop(name, None)
+    if recipe.mlx:
+        output_config |= mlx_config(source)
     if recipe.form == "rotated":
         output_config = rotated_config(output_config)
         reasons.extend(rotated_reasons(family.model_type))

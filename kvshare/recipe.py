@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationError
 
 from kvshare.errors import UsageError, closest
+from kvshare.mlx import check_mlx
 from kvshare.parsing import MAX_YAML, is_file, parse_yaml, read_bytes, shown
 from kvshare.rotated import check_form
 from kvshare.sections import Calibration, Evaluation, Fit, Form, Fraction, Heal, KVHeads, Merge, Natural, Positive, Section
@@ -33,6 +34,8 @@ class Recipe(Section):
     cache_budget: Fraction | None = None
     """The most of the source's cache that may be kept, such as 0.3; layers then keep K and V apart, share them, or share fewer
     heads, as they bear it (svd and learned). None: every layer shares `kv_heads` heads."""
+    mlx: bool = False
+    """Whether mlx-lm uses the smaller cache, too; its tools then ask to be told that they may run the code in the checkpoint."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """What all generators of random numbers take."""
     calibration: Calibration = Calibration()
@@ -154,6 +157,8 @@ def load_recipe(recipe: str | Path | Recipe | None = None, **overrides: Any) -> 
     _check_budget(settings, origin)
     _check_statistics(settings, origin)
     check_form(settings.form, settings.init, settings.calibration.statistics, origin)
+    if settings.mlx:
+        check_mlx(settings.form, settings.init, origin)
     _check_healing(settings.heal, origin)
     _check_evaluation(settings, origin)
     return settings
@@ -176,6 +181,7 @@ def conversion_recipe(
     eval_mode: str | None,
     seed: int | None,
     max_perplexity_increase: float | None = None,
+    mlx: bool | None = None,
 ) -> Recipe:
     """The recipe of a conversion from the arguments of `convert`, which see.
 
@@ -188,6 +194,7 @@ def conversion_recipe(
         form=form,
         kv_heads=kv_heads,
         cache_budget=cache_budget,
+        mlx=mlx,
         seed=seed,
         calibration__data=calibration,
         calibration__tokens=calibration_tokens,

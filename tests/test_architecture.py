@@ -29,7 +29,7 @@ LAYERS = [
     ["families", "headers"],
     ["text_models"],
     ["sections", "source", "budget", "repeats", "processes"],
-    ["rotated"],
+    ["rotated", "mlx"],
     ["recipe", "mixture", "geometry"],
     ["hub", "documents", "tensors", "memory", "progress", "journal", "refusals", "sizes", "contamination", "tied"],
     ["planning", "merge", "data", "native"],
@@ -152,8 +152,9 @@ def test_imports_go_in_no_circle() -> None:
 
 
 def test_the_files_in_checkpoints_stand_alone() -> None:
-    found = [name for module in SHIPPED for name in imports(f"runtime.{module}")]
+    found = [name for module in SHIPPED for name in imports(f"runtime.{module}") if module != "kvshare_mlx"]
     assert {name.partition(".")[0] for name in found} <= {*STANDARD, "torch", "transformers", "triton", "kvshare"}
+    assert {name.partition(".")[0] for name in imports("runtime.kvshare_mlx")} <= {*STANDARD, "mlx", "mlx_lm"}
     assert {name.split(".")[2] for name in found if name.startswith("kvshare.")} <= {*SHIPPED}
 
 

@@ -21,7 +21,9 @@ NAMES = (
     "kvshare_splits.py",
     "kvshare_tiles.py",
     "kvshare_rotated.py",
+    "kvshare_mlx.py",
 )
+MLX = "kvshare_mlx.py"  # the file that mlx-lm is told of
 ROTATED = "kvshare_rotated_"  # what the model type of a checkpoint in rotated form begins with; its family's follows
 ROTATED_MODELING = "kvshare_rotated.py"  # the file that its config names
 ROTATED_CLASS = "KVShareRotated"  # what the names of its classes begin with
