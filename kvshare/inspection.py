@@ -112,11 +112,11 @@ def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:
 def write_files(folder: Path, inspection: Inspection) -> None:
     """The figures, the plots and the page of an inspection, into an empty folder."""
     write_json(folder / "inspection.json", inspection.to_dict())
-    plots = draw(inspection)
-    for plot in plots:
-        (folder / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
+    drawn = {plot: svg(plot) for plot in draw(inspection)}
+    for plot, text in drawn.items():
+        (folder / f"{plot.name}.svg").write_text(text, encoding="utf-8")
         (folder / f"{plot.name}.png").write_bytes(png(plot))
-    (folder / "index.html").write_text(render_page(inspection, plots), encoding="utf-8")
+    (folder / "index.html").write_text(render_page(inspection, drawn), encoding="utf-8")
 
 
 def inspect_layers(

@@ -5,7 +5,7 @@ In: an `Inspection` and its plots. Out: HTML as text, with the plots in it. Neve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 
 from kvshare.findings import BudgetPoint, Inspection, LayerFigures, listed, notes
@@ -69,18 +69,18 @@ TERMS = (
 )
 
 
-def render_page(inspection: Inspection, plots: Sequence[Plot]) -> str:
+def render_page(inspection: Inspection, drawn: Mapping[Plot, str]) -> str:
     """The page, complete.
 
     Args:
         inspection: what was found.
-        plots: of the same inspection.
+        drawn: the plots of the same inspection, each as `svg` draws it.
     """
     i = inspection
     of = f"{i.model}{f' at {i.commit}' if i.commit else ''}, {i.model_type}"
     figures = "".join(
-        f"<figure><h3>{escape(plot.title)}</h3>{inline_svg(plot)}<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot in plots
+        f"<figure><h3>{escape(plot.title)}</h3>{inline_svg(plot, text)}<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot, text in drawn.items()
     )
     said = "".join(f"<li>{escape(note)}</li>" for note in notes(i))
     terms = "".join(f"<p><b>{term}</b>: {escape(text)}</p>" for term, text in TERMS)

@@ -138,26 +138,31 @@ def draw(inspection: Inspection) -> tuple[Plot, ...]:
 
 def svg(plot: Plot) -> str:
     """A plot as SVG, on white; equal figures give equal text."""
-    return _rendered(plot, "svg", "white").decode()
+    return _rendered(plot, "svg").decode()
 
 
 def png(plot: Plot) -> bytes:
     """A plot as PNG, on white."""
-    return _rendered(plot, "png", "white")
+    return _rendered(plot, "png")
 
 
-def inline_svg(plot: Plot) -> str:
-    """A plot as an `<svg>` element to stand in a page: on nothing, in the page's colour, with names that are unique in the page."""
-    text = _rendered(plot, "svg", "none").decode()
+def inline_svg(plot: Plot, text: str) -> str:
+    """A plot as an `<svg>` element to stand in a page: on nothing, in the page's colour, with names that are unique in the page.
+
+    Args:
+        plot: what is drawn.
+        text: what `svg` makes of it.
+    """
+    text = re.sub(r'<g id="patch_1">.*?</g>', "", text, count=1, flags=re.DOTALL)  # the white ground
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text).replace("xlink:href", "href").replace(INK, "currentColor")
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{plot.name}-", text)
     return text.replace("<svg ", f'<svg role="img" aria-label="{plot.title}" ', 1)
 
 
-def _rendered(plot: Plot, kind: str, background: str) -> bytes:
+def _rendered(plot: Plot, kind: str) -> bytes:
     with mpl.rc_context({**STYLE, "svg.hashsalt": plot.name}):
-        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained", facecolor=background)
+        figure = Figure(figsize=(WIDTH, plot.height), layout="constrained", facecolor="white")
         plot.paint(figure, figure.add_subplot())
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {"Software": None})

@@ -112,12 +112,16 @@ def _manager(tasks: Sequence[str]) -> Any:
         raise UsageError(
             f"the tasks {', '.join(tasks)} cannot be run", "lm-eval is not installed", "pip install 'kvshare[tasks]'"
         ) from None
-    return _index()
+    return _index(all(_is_file(task) for task in tasks))
 
 
 @cache
-def _index() -> Any:
-    """What lm-eval knows of its thousands of tasks; reading their files takes seconds, for every model anew if it is not kept."""
+def _index(files_alone: bool) -> Any:
+    """What lm-eval knows of its thousands of tasks; reading their files takes seconds, for every model anew if it is not kept.
+
+    Args:
+        files_alone: tasks are files, so that none of these is asked for, and they are not read.
+    """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_defaults=not files_alone)

@@ -38,7 +38,7 @@ from kvshare.merge.regroup import divided, layer_problems, merge_svd, solve_laye
 from kvshare.merge.svd import solve_group
 from kvshare.page import render_page
 from kvshare.planning import plan
-from kvshare.plots import draw, inline_svg
+from kvshare.plots import Plot, draw, inline_svg, svg
 from kvshare.progress import silent
 from kvshare.recipe import Recipe
 from kvshare.sensitivity import measure_sensitivity
@@ -251,9 +251,13 @@ def test_every_family_has_its_figures(
     assert ("rope turns no keys in layer 1" in said) == (key == "smollm3")
     assert ("rope turns 4 of 8 numbers" in said) == (key == "phi")
     assert ("heads of this family cannot be merged" in said) == (key == "gpt2")
-    plots = draw(found)
+    plots = drawn(found)
     assert ("rope" in [plot.name for plot in plots]) == (key != "gpt2")
     check_page(render_page(found, plots), found)
+
+
+def drawn(found: Inspection) -> dict[Plot, str]:
+    return {plot: svg(plot) for plot in draw(found)}
 
 
 def filled(folder: Path, copy: Path, name: str, value: float) -> Path:
@@ -276,7 +280,7 @@ def test_a_layer_that_cannot_be_converted_is_named(
     assert found.even[-1].units == head_units((1, None), 4)
     print_inspection(found)
     assert "layer 1 cannot be converted" in capsys.readouterr().out
-    check_page(render_page(found, draw(found)), found)
+    check_page(render_page(found, drawn(found)), found)
     json.dumps(found.to_dict(), allow_nan=False)
 
 
@@ -288,7 +292,7 @@ def test_keys_without_energy_have_no_rank_and_no_angles(source_folder: Callable[
         assert head.value_rank == pytest.approx(head.joint_rank)
         assert head.dropped < 1e-4  # one projection holds the values alone, but for rounding
     json.dumps(found.to_dict(), allow_nan=False)
-    check_page(render_page(found, draw(found)), found)
+    check_page(render_page(found, drawn(found)), found)
 
 
 def test_cache_bytes_are_those_of_a_cache(source_folder: Callable[[str], Path], converted_folder: Callable[..., Path]) -> None:
@@ -365,12 +369,15 @@ def check_page(text: str, inspection: Inspection) -> None:
 
 def test_names_are_escaped_and_plots_repeat() -> None:
     found = inspected_shape()
-    plots = draw(found)
+    plots = drawn(found)
     text = render_page(found, plots)
     assert "&lt;tiny&gt;" in text
     assert "<tiny>" not in text
     check_page(text, found)
-    assert [inline_svg(plot) for plot in plots] == [inline_svg(plot) for plot in plots]
+    assert [*drawn(found).values()] == [*plots.values()]
+    for plot, picture in plots.items():
+        assert "#ffffff" in picture.partition("</g>")[0]  # the ground
+        assert "#ffffff" not in inline_svg(plot, picture).partition("</g>")[0]
 
 
 @pytest.fixture(scope="module")
