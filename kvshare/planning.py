@@ -319,6 +319,7 @@ def make_plan(source: Source, recipe: Recipe, chosen: LayerHeads | None = None, 
         output_config.pop(name, None)
     if recipe.mlx:
         output_config |= mlx_config(source)
+        reasons.append("mlx: mlx-lm uses the smaller cache; it then takes the output with --trust-remote-code alone")
     if recipe.form == "rotated":
         output_config = rotated_config(output_config)
         reasons.extend(rotated_reasons(family.model_type))

@@ -89,11 +89,11 @@ def no_plot(report: dict[str, Any]) -> bytes:
 
 SHORT: dict[str, Any] = {
     "kvshare.card.draw_plot": no_plot,
-    "kvshare.merge.svd.ITERATIONS": 8,
-    "kvshare.merge.svd.RESTARTED_ITERATIONS": 5,
-    "kvshare.merge.svd.SETTLING": 8,
-    "kvshare.merge.regroup.PAIR_ITERATIONS": 5,
-    "kvshare.layerwise.ALONE_ITERATIONS": 5,
+    "kvshare.merge.svd.ITERATIONS": 3,
+    "kvshare.merge.svd.RESTARTED_ITERATIONS": 2,
+    "kvshare.merge.svd.SETTLING": 2,
+    "kvshare.merge.regroup.PAIR_ITERATIONS": 2,
+    "kvshare.layerwise.ALONE_ITERATIONS": 2,
     "kvshare.evaluation.GENERATED_TOKENS": 16,
 }
 AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}

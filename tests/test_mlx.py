@@ -292,5 +292,7 @@ def test_by_the_command_line(run: Callable[..., Any], text_file: str, tmp_path: 
     # without the option, mlx-lm runs what it knows, and code of the source is not named
     shutil.copytree(Path(kvshare.__file__).parent / "tiny", tmp_path / "source")
     edit_json(tmp_path / "source" / "config.json", lambda config: config.update(model_file="other.py"))
-    plan = kvshare.plan(tmp_path / "source")
-    assert "model_file" not in plan.config
+    plain, told = (kvshare.plan(tmp_path / "source", mlx=mlx) for mlx in (None, True))
+    assert "model_file" not in plain.config
+    assert told.config == plain.config | {"model_file": MLX}
+    assert next(reason for reason in told.reasons if reason not in plain.reasons).startswith("mlx: mlx-lm uses the smaller cache")
