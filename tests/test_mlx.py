@@ -138,6 +138,18 @@ def test_layers_with_fewer_heads(mixed_folder: Callable[[str], Path], key: str) 
         assert part == (full if layer not in heads else full // 2 * heads[layer] // stored)
 
 
+@pytest.mark.parametrize("key", ["qwen2", "qwen3"])
+def test_heads_are_shared_out_among_processes(mixed_folder: Callable[[str], Path], key: str) -> None:
+    """What `shard` leaves to the first of two, without what it would add of the other's."""
+    models = [load(mixed_folder(key), shared) for shared in (False, True)]
+    for attention in (layer.self_attn for model in models for layer in model.layers):
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.update({name: rows[: len(rows) // 2] for name, rows in projection.items()})
+        attention.o_proj.weight = attention.o_proj.weight[:, : attention.o_proj.weight.shape[1] // 2]
+        attention.n_heads, attention.n_kv_heads = attention.n_heads // 2, attention.n_kv_heads // 2
+    assert_equal(*models, half=False)
+
+
 def cached(model: Any) -> list[Any]:
     cache = caches.make_prompt_cache(model)
     model(mx.array([PROMPT]), cache=cache)

@@ -25,10 +25,10 @@ WITHOUT = ": take model_file out of config.json, and mlx-lm runs this checkpoint
 
 
 class ModelArgs:
-    """What mlx-lm's model of the family takes, and the kvshare block of config.json."""
+    """What mlx-lm's model of the family takes, the kvshare block of config.json, and the KV heads of the weights, if it says."""
 
-    def __init__(self, module: Any, native: Any, block: dict[str, Any]) -> None:
-        self.module, self.native, self.block = module, native, block
+    def __init__(self, module: Any, native: Any, block: dict[str, Any], stored: int | None) -> None:
+        self.module, self.native, self.block, self.stored = module, native, block, stored
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
@@ -44,7 +44,7 @@ class ModelArgs:
             module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}")
         except ImportError as error:
             raise ValueError(f"mlx-lm has no model {name!r}") from error
-        return cls(module, module.ModelArgs.from_dict(config), block)
+        return cls(module, module.ModelArgs.from_dict(config), block, config.get("num_key_value_heads"))
 
 
 def Model(args: ModelArgs) -> Any:  # noqa: N802  mlx-lm looks for this name
@@ -57,7 +57,7 @@ def Model(args: ModelArgs) -> Any:  # noqa: N802  mlx-lm looks for this name
         if attention is None:
             raise ValueError(f"layer {index} of mlx-lm's {args.native.model_type} has no attention under a known name")
         attention.__class__ = _shared_class(type(attention))
-        attention.kvshare_kv_heads, attention.kvshare_asked = count, False
+        attention.kvshare_run, attention.kvshare_asked = max(1, (args.stored or count) // count), False  # equal heads in a row
     return model
 
 
@@ -94,7 +94,7 @@ class _Half:
         """Keys and values of all tokens, (batch, kv heads, tokens, head_dim); the keys that come in are not looked at, and so never
         computed.
         """
-        run = values.shape[1] // self.attention.kvshare_kv_heads  # of equal heads
+        run = self.attention.kvshare_run
         held = values[:, ::run]
         stored, _ = self.cache.update_and_fetch(held, held[..., :0])
         if hasattr(self.cache, "bits"):
