@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BRIEF, FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json, random_model
+from transformers import AutoModelForCausalLM
 
 import kvshare
 from kvshare.families import family_of
@@ -64,6 +65,7 @@ def older(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(folder: Path, shared: bool) -> Any:
+    """With the smaller cache by the file that lies in the folder."""
     config = older(json.loads((folder / "config.json").read_text())) | {"model_file": MLX if shared else None}
     model, _ = mlx_lm.utils.load_model(folder, model_config=config, trust_remote_code=True)
     model.set_dtype(mx.float32)
@@ -297,8 +299,15 @@ def test_by_the_command_line(run: Callable[..., Any], text_file: str, tmp_path: 
         wanted = shared(ids).logits
         got = torch.tensor(model(mx.array(ids.tolist()), cache=caches.make_prompt_cache(model)).tolist())
         torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
-        shared.save_pretrained(tmp_path / "again")
-        assert_equal(load(folder, False), load(tmp_path / "again", True))
+        remote = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # which brings no file for mlx-lm along
+        for saved in (shared, remote):
+            saved.save_pretrained(tmp_path / "again")
+            assert json.loads((tmp_path / "again" / "config.json").read_text())["model_file"] == MLX
+            assert_equal(load(folder, False), load(tmp_path / "again", True))
+            shutil.rmtree(tmp_path / "again")
+        remote.config._name_or_path = "org/name"  # where the file is not at hand, mlx-lm is not told of it
+        remote.save_pretrained(tmp_path / "again")
+        assert "model_file" not in json.loads((tmp_path / "again" / "config.json").read_text())
         shutil.rmtree(tmp_path / "again")
 
     # without the option, mlx-lm runs what it knows, and code of the source is not named

@@ -671,6 +671,12 @@ def shared_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
         shutil.copyfile(__file__, Path(save_directory) / f"{__name__.rpartition('.')[2]}.py")
         for file in Path(__file__).parent.glob("kvshare_*.py"):
             shutil.copyfile(file, Path(save_directory) / file.name)
+        mlx = Path(save_directory, "kvshare_mlx.py")
+        if getattr(self.config, "model_file", None) == mlx.name and not mlx.exists():  # remote code comes without it
+            if Path(self.config._name_or_path, mlx.name).is_file():
+                shutil.copyfile(Path(self.config._name_or_path, mlx.name), mlx)
+            else:
+                del self.config.model_file
         save_channels([attention for _, attention in _shared_attention(self)], Path(save_directory))
         state = dict(self.state_dict() if state_dict is None else state_dict)
         for prefix, attention in _shared_attention(self):
