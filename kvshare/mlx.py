@@ -6,6 +6,7 @@ Never: imports mlx, reads weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from kvshare.errors import UnsupportedModelError, UsageError
@@ -20,6 +21,8 @@ KNOWN = (
     *("olmo3", "olmoe", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"),
     *("solar_open", "stablelm", "starcoder2"),
 )
+# those of them that read `rope_parameters` there
+READ_ROPE = ("exaone_moe", "lfm2", "lfm2_moe", "mellum", "ministral3", "qwen3")
 
 
 def check_mlx(form: str, init: str, origin: str) -> None:
@@ -54,4 +57,23 @@ def mlx_config(source: Source) -> dict[str, Any]:
             f"known are: {', '.join(KNOWN)}",
             "leave --mlx out: what mlx-lm can run, it then runs with a cache of full size",
         )
-    return {"model_file": MLX}
+    return {"model_file": MLX, **older_rope(source.config)}
+
+
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope in fields of its own, where a config.json has it in `rope_parameters` alone, as transformers 5 writes it.
+
+    Most of mlx-lm's models read those fields only, and would turn keys by their own defaults without a word.
+    """
+    rope = None if config.get("model_type") in READ_ROPE else config.get("rope_parameters")
+    full = rope.get("full_attention", rope) if isinstance(rope, dict) else None
+    if not isinstance(rope, dict) or not isinstance(full, dict):
+        return {}
+    local = rope.get("sliding_attention")
+    found = {
+        "rope_theta": full.get("rope_theta"),
+        "rope_local_base_freq": local.get("rope_theta") if isinstance(local, dict) else None,
+        "partial_rotary_factor": full.get("partial_rotary_factor"),
+        "rope_scaling": full if full.get("rope_type", "default") != "default" else None,
+    }
+    return {name: value for name, value in found.items() if value is not None and name not in config}

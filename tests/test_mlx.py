@@ -5,6 +5,7 @@ mlx has builds for some machines only. Without one, nothing of this file is chec
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import BRIEF, FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json, random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvshare
 from kvshare.families import family_of
-from kvshare.mlx import KNOWN
+from kvshare.mlx import KNOWN, READ_ROPE, older_rope
 from kvshare.runtime import MLX, SHIPPED
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: what mlx-lm computes with the smaller cache was not checked")
@@ -54,19 +55,15 @@ def runtime() -> Any:
     return module
 
 
-def older(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as it lies on the hub for most models: rope in fields of its own."""
-    kinds = config.get("rope_parameters") or {}
-    rope = kinds.get("full_attention", kinds)
-    theta, scaled = rope.get("rope_theta", 10_000.0), rope.get("rope_type", "default") != "default"
-    local = kinds.get("sliding_attention", {}).get("rope_theta", theta)
-    said = {"rope_theta": theta, "rope_local_base_freq": local, "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
-    return said | config | {"rope_scaling": rope if scaled else None} | SAID.get(config["model_type"], {})
+def asked(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what mlx-lm asks for."""
+    said = {"partial_rotary_factor": 1.0, "rope_theta": 10_000.0, "rope_scaling": None}
+    return said | config | older_rope(config) | SAID.get(config["model_type"], {})
 
 
 def load(folder: Path, shared: bool) -> Any:
     """With the smaller cache by the file that lies in the folder."""
-    config = older(json.loads((folder / "config.json").read_text())) | {"model_file": MLX if shared else None}
+    config = asked(json.loads((folder / "config.json").read_text())) | {"model_file": MLX if shared else None}
     model, _ = mlx_lm.utils.load_model(folder, model_config=config, trust_remote_code=True)
     model.set_dtype(mx.float32)
     return model
@@ -93,7 +90,7 @@ def assert_equal(native: Any, shared: Any, half: bool = True, **settings: Any) -
 @pytest.mark.parametrize("model_type", KNOWN)
 def test_a_family(source_folder: Callable[[str], Path], runtime: Any, model_type: str) -> None:
     """mlx-lm's own model, with random weights of its own: what it makes of a checkpoint's weights is its affair."""
-    config = older(json.loads((source_folder(KEYS[model_type]) / "config.json").read_text()))
+    config = asked(json.loads((source_folder(KEYS[model_type]) / "config.json").read_text()))
     family = family_of(model_type)
     layers = [layer for layer in range(family.number("num_hidden_layers", config)) if family.attends(config, layer)]
     heads = family.kv_heads_of(config, family.number("num_attention_heads", config))
@@ -266,6 +263,24 @@ def test_what_is_no_longer_one_projection_is_refused(wide: Path, runtime: Any) -
         attention(mx.zeros((1, 4, 256)))
 
 
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_rope_is_said_twice_and_means_the_same(source_folder: Callable[[str], Path], tmp_path: Path, model_type: str) -> None:
+    """To transformers as well, whatever kinds of rope there are."""
+    folder = source_folder(KEYS[model_type])
+    for scaled in (False, True):
+        config = json.loads((folder / "config.json").read_text())
+        ropes = config.get("rope_parameters") or {}
+        if scaled and ropes and model_type not in ("phi3", "phimoe"):  # which know another kind alone
+            ropes.get("full_attention", ropes).update(rope_type="linear", factor=4.0, rope_theta=1234.0)
+        said = older_rope(config)
+        assert (said.keys() >= {"rope_theta"}) == (bool(ropes) and model_type not in READ_ROPE)
+        if said.get("rope_theta") == 1234.0:
+            assert said["rope_scaling"]["factor"] == 4.0
+        one, other = (AutoConfig.for_model(**copy.deepcopy(fields)).to_dict() for fields in (config, config | said))
+        assert one.get("rope_parameters") == other.get("rope_parameters")
+        assert older_rope(config | said) == {}
+
+
 def test_other_forms_and_families_are_refused(source_folder: Callable[[str], Path], wide: Path, runtime: Any) -> None:
     for settings in ({"form": "rotated"}, {"init": "exact", "heal": False}):
         with pytest.raises(kvshare.KVShareError, match="in mlx-lm, kvshare has the shared form alone"):
@@ -315,5 +330,5 @@ def test_by_the_command_line(run: Callable[..., Any], text_file: str, tmp_path: 
     edit_json(tmp_path / "source" / "config.json", lambda config: config.update(model_file="other.py"))
     plain, told = (kvshare.plan(tmp_path / "source", mlx=mlx) for mlx in (None, True))
     assert "model_file" not in plain.config
-    assert told.config == plain.config | {"model_file": MLX}
+    assert told.config == plain.config | {"model_file": MLX, "rope_theta": 10_000.0}
     assert next(reason for reason in told.reasons if reason not in plain.reasons).startswith("mlx: mlx-lm uses the smaller cache")
