@@ -281,6 +281,34 @@ def test_rope_is_said_twice_and_means_the_same(source_folder: Callable[[str], Pa
         assert older_rope(config | said) == {}
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e3}
+BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e3},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+WINDOWS = {"tie_word_embeddings": True, "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("gemma3_text", WINDOWS | {"rope_parameters": BY_KIND, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}),
+    ],
+)
+@torch.no_grad()
+def test_mlx_turns_as_transformers_does(tmp_path: Path, model_type: str, fields: dict[str, Any]) -> None:
+    source = random_model(tmp_path / "source", model_type, **fields)
+    kvshare.convert(source, tmp_path / "out", recipe=BRIEF, init="mean", eval_mode="off", mlx=True)
+    ids = [*range(100, 160)]
+    wanted = kvshare.load(tmp_path / "out", dtype=torch.float32)(torch.tensor([ids])).logits
+    model, _ = mlx_lm.utils.load_model(tmp_path / "out", trust_remote_code=True)
+    got = torch.tensor(model(mx.array([ids]), cache=caches.make_prompt_cache(model)).tolist())
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
 def test_other_forms_and_families_are_refused(source_folder: Callable[[str], Path], wide: Path, runtime: Any) -> None:
     for settings in ({"form": "rotated"}, {"init": "exact", "heal": False}):
         with pytest.raises(kvshare.KVShareError, match="in mlx-lm, kvshare has the shared form alone"):
