@@ -30,6 +30,7 @@ import torch
 import transformers
 from filelock import FileLock
 from hypothesis import settings
+from killing import no_plot
 from kvshare.cli import main
 
 import kvshare
@@ -80,11 +81,6 @@ def _frozen() -> None:
 
     gc.collect()
     gc.freeze()
-
-
-def no_plot(report: dict[str, Any]) -> bytes:
-    """In place of a figure that is drawn: other bytes for another report."""
-    return json.dumps(report, sort_keys=True, default=str).encode()
 
 
 SHORT: dict[str, Any] = {

@@ -82,6 +82,11 @@ def run_forked(job: Job, again: bool, root: Path, kill_at: int = 0, seconds: flo
     return os.waitstatus_to_exitcode(code), int(said or 0)
 
 
+def no_plot(report: dict[str, Any]) -> bytes:
+    """In place of a figure that is drawn: other bytes for another report."""
+    return json.dumps(report, sort_keys=True, default=str).encode()
+
+
 def contents(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file below a folder."""
     return {
@@ -284,7 +289,7 @@ def main() -> None:
 
     # a short search, and a figure that is not drawn: runs are only compared with each other
     svd.ITERATIONS = svd.RESTARTED_ITERATIONS = 4
-    card.draw_plot = lambda report: json.dumps(report, sort_keys=True, default=str).encode()
+    card.draw_plot = no_plot
     sources, root = Path(sys.argv[1]), Path(sys.argv[2])
     known, result = jobs(sources), {}
     for name, _, said in (word.partition("=") for word in sys.argv[3:]):

@@ -6,7 +6,6 @@ mlx has builds for some machines only. Without one, nothing of this file is chec
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -21,13 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import kvshare
 from kvshare.families import family_of
 from kvshare.mlx import KNOWN, READ_ROPE, older_rope
-from kvshare.runtime import MLX, SHIPPED
+from kvshare.runtime import MLX
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: what mlx-lm computes with the smaller cache was not checked")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: what it computes with the smaller cache was not checked")
 
 from mlx.utils import tree_map  # noqa: E402
 from mlx_lm.models import cache as caches  # noqa: E402
+
+from kvshare.runtime import kvshare_mlx as runtime  # noqa: E402
 
 SHORT_ROWS = BRIEF.model_copy(update={"heal": BRIEF.heal.model_copy(update={"sequence_length": 128, "batch_tokens": 512})})
 PROMPT = [*range(100, 120)]
@@ -44,15 +45,6 @@ SAID: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4},
     "minimax_m2": {"rotary_dim": 8, "shared_intermediate_size": 0},
 }
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Any:
-    """The file as mlx-lm loads it: by its place."""
-    spec: Any = importlib.util.spec_from_file_location("custom_model", next(file for file in SHIPPED if file.name == MLX))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def asked(config: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +80,7 @@ def assert_equal(native: Any, shared: Any, half: bool = True, **settings: Any) -
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
-def test_a_family(source_folder: Callable[[str], Path], runtime: Any, model_type: str) -> None:
+def test_a_family(source_folder: Callable[[str], Path], model_type: str) -> None:
     """mlx-lm's own model, with random weights of its own: what it makes of a checkpoint's weights is its affair."""
     config = asked(json.loads((source_folder(KEYS[model_type]) / "config.json").read_text()))
     family = family_of(model_type)
@@ -240,7 +232,7 @@ def test_weights_in_few_bits(wide: Path, tmp_path: Path, settings: dict[str, Any
         assert errors[1] < 1.1 * errors[0]
 
 
-def test_what_is_no_longer_one_projection_is_refused(wide: Path, runtime: Any) -> None:
+def test_what_is_no_longer_one_projection_is_refused(wide: Path) -> None:
     from mlx_lm.tuner.lora import LoRALinear
 
     model = load(wide, True)
@@ -264,7 +256,7 @@ def test_what_is_no_longer_one_projection_is_refused(wide: Path, runtime: Any) -
 
 
 @pytest.mark.parametrize("model_type", KNOWN)
-def test_rope_is_said_twice_and_means_the_same(source_folder: Callable[[str], Path], tmp_path: Path, model_type: str) -> None:
+def test_rope_is_said_twice_and_means_the_same(source_folder: Callable[[str], Path], model_type: str) -> None:
     """To transformers as well, whatever kinds of rope there are."""
     folder = source_folder(KEYS[model_type])
     for scaled in (False, True):
@@ -279,6 +271,11 @@ def test_rope_is_said_twice_and_means_the_same(source_folder: Callable[[str], Pa
         one, other = (AutoConfig.for_model(**copy.deepcopy(fields)).to_dict() for fields in (config, config | said))
         assert one.get("rope_parameters") == other.get("rope_parameters")
         assert older_rope(config | said) == {}
+
+
+def test_the_documentation_lists_what_is_known() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    assert f"Known are: {', '.join(KNOWN)}." in " ".join(text.split())
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500.0}
@@ -309,7 +306,7 @@ def test_mlx_turns_as_transformers_does(tmp_path: Path, model_type: str, fields:
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
-def test_other_forms_and_families_are_refused(source_folder: Callable[[str], Path], wide: Path, runtime: Any) -> None:
+def test_other_forms_and_families_are_refused(source_folder: Callable[[str], Path], wide: Path) -> None:
     for settings in ({"form": "rotated"}, {"init": "exact", "heal": False}):
         with pytest.raises(kvshare.KVShareError, match="in mlx-lm, kvshare has the shared form alone"):
             kvshare.plan("kvshare/tiny", mlx=True, **settings)

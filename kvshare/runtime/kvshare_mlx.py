@@ -63,18 +63,18 @@ def Model(args: ModelArgs) -> Any:  # noqa: N802  mlx-lm looks for this name
 
 def _shared_class(native: Any) -> Any:
     """The shared form of an attention class of mlx-lm."""
-    taken = inspect.signature(native.__call__)
+    names = [*inspect.signature(native.__call__).parameters][1:]  # hidden states, by whatever name, a mask, the cache, ...
 
     def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As mlx-lm's own, with another view of its cache."""
-        given = taken.bind(self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
         if not self.kvshare_asked:
             _check_projections(self)
-            self.kvshare_norm, self.kvshare_turns = _how_keys_are_made(self, native, taken, given.args[1])
+            self.kvshare_norm, self.kvshare_turns = _how_keys_are_made(self, native, names, given[names[0]])
             self.kvshare_asked = True
-        if given.arguments.get("cache") is not None:
-            given.arguments["cache"] = _Half(self, given.arguments["cache"])
-        return native.__call__(*given.args, **given.kwargs)
+        if given.get("cache") is not None:
+            given["cache"] = _Half(self, given["cache"])
+        return native.__call__(self, **given)
 
     return type(f"Shared{native.__name__}", (native,), {"__call__": attend, "__doc__": native.__doc__})
 
@@ -156,21 +156,21 @@ class _Question:
         raise _AskedError(keys, values)
 
 
-def _how_keys_are_made(attention: Any, native: Any, taken: inspect.Signature, hidden: Any) -> tuple[str | None, bool]:
+def _how_keys_are_made(attention: Any, native: Any, names: list[str], hidden: Any) -> tuple[str | None, bool]:
     """The name of the norm that keys go through, None without one, and whether rope turns them, as the native code has it.
 
     Args:
         attention: the module.
-        native, taken: mlx-lm's class of it, and the signature of its calls.
+        native: mlx-lm's class of it.
+        names: what its calls take, hidden states first.
         hidden: hidden states (..., hidden) as it gets them.
 
     Raises:
         ValueError: it does something else.
     """
     probe = mx.random.normal((1, PROBE[0], hidden.shape[-1]), key=mx.random.key(0)).astype(hidden.dtype)
-    others = dict.fromkeys([*taken.parameters][2:]) | {"cache": _Question()}
     try:
-        native.__call__(attention, probe, **others)
+        native.__call__(attention, **dict.fromkeys(names) | {names[0]: probe, "cache": _Question()})
         raise ValueError(f"mlx-lm's {native.__name__} has not asked its cache for keys{WITHOUT}")
     except _AskedError as seen:
         keys, values = seen.keys, seen.values
