@@ -23,6 +23,7 @@ from kvshare.layerwise import Solved, solve_alone
 from kvshare.loading import writer_of
 from kvshare.merge.regroup import layer_problems
 from kvshare.mixture import named
+from kvshare.native import require_form
 from kvshare.page import render_page
 from kvshare.passes import attention_of, passed, source_pass
 from kvshare.planning import Plan, make_plan
@@ -103,9 +104,10 @@ def check_inspection(plan: Plan, target: Path, overwrite: bool) -> Any:
     """Everything that can be refused before a weight is read; returns the tokenizer.
 
     Raises:
-        KVShareError: see the modules `checkpoint` and `data`.
+        KVShareError: see the modules `checkpoint`, `data` and `native`.
     """
     check_output(target, plan.source.path, overwrite)
+    require_form(plan.source, plan.family)
     return tokenizer_for(plan.source.path, [plan.recipe.calibration.data])
 
 

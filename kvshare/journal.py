@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,13 +55,19 @@ class Journal:
             BadCheckpointError: it is not of that kind.
         """
         try:
-            return TypeAdapter(kind).validate_python(self.entries[name])
+            return _adapter(kind).validate_python(self.entries[name])
         except ValidationError as error:
             raise BadCheckpointError(
                 f"the entry {name!r} of {self.file} cannot be used",
                 str(error).splitlines()[0],
                 RESTART,
             ) from None
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What makes a dataclass of JSON data; building it takes longer than anything that it is used for."""
+    return TypeAdapter(kind)
 
 
 def open_journal(work: Path, job: Mapping[str, Any], restart: bool, otherwise: str = RESTART) -> Journal:

@@ -137,6 +137,11 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
         BadCheckpointError: a config that cannot be used, a tensor that is missing or has another shape than the class gives it.
         UnsupportedModelError: another family, or a tensor that holds no floating-point numbers.
     """
+    return type(_native_outline(folder, tensors))
+
+
+def _native_outline(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
+    """The model without weights whose class `native_class` gives."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     raw = read_json(folder / "config.json")
@@ -182,7 +187,7 @@ def native_class(folder: Path, tensors: Mapping[str, TensorSpec]) -> Any:
             "the model would compute with random numbers in their place",
             "download or convert the model again",
         )
-    return type(model)
+    return model
 
 
 def require_form(source: Source, family: Family) -> None:
@@ -193,11 +198,11 @@ def require_form(source: Source, family: Family) -> None:
     """
     from kvshare.runtime.modeling_kvshare import shared_class
 
-    native, config = native_class(source.path, source.tensors), read_config(source.path)
-    layers = geometry_of(source.config, family, source.name).attention
-    config.kvshare = {"form": "shared", "layers": [*layers]}
+    native = _native_outline(source.path, source.tensors)
+    config = native.config
+    config.kvshare = {"form": "shared", "layers": [*geometry_of(source.config, family, source.name).attention]}
     try:
-        outlined(shared_class(native), config)
+        outlined(shared_class(type(native)), config)
     except ImportError as error:
         raise UnsupportedModelError(
             f"{source.name} has no shared form in the transformers that is installed",

@@ -30,6 +30,7 @@ from kvshare.loading import writer_of
 from kvshare.merge import AttentionWeights, Grouping, Moments
 from kvshare.mixture import named
 from kvshare.moments import moment_numbers
+from kvshare.native import require_form
 from kvshare.parsing import is_file, shown
 from kvshare.planning import Plan, make_plan
 from kvshare.progress import Progress, silent
@@ -134,7 +135,7 @@ def check_calibration(plan: Plan, target: Path, overwrite: bool) -> Any:
     """Everything that can be refused before a weight is read; returns the tokenizer.
 
     Raises:
-        KVShareError: see the modules `checkpoint` and `data`.
+        KVShareError: see the modules `checkpoint`, `data` and `native`.
     """
     if plan.layer_heads is None:
         raise UsageError(
@@ -150,6 +151,7 @@ def check_calibration(plan: Plan, target: Path, overwrite: bool) -> Any:
         )
     check_output(target, plan.source.path, overwrite)
     check_space(target, statistics_bytes(plan))
+    require_form(plan.source, plan.family)
     return tokenizer_for(plan.source.path, [plan.recipe.calibration.data])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kvshare.activations import bypassed
 from kvshare.errors import BadCheckpointError
 from kvshare.families import Family
-from kvshare.native import as_in_memory, read_config, require_form
+from kvshare.native import as_in_memory, read_config
 from kvshare.source import Source
 from kvshare.tensors import map_tensor, read_tensor
 
@@ -44,17 +44,16 @@ class Skeleton:
 
 
 def open_skeleton(source: Source, family: Family, scratch: Path | None = None) -> Skeleton:
-    """The modules of a source: vectors outside the layers in float32, tables mapped in the dtype they are stored in.
+    """The modules of a source that `native.require_form` let pass, or of a checkpoint that was made of one: vectors outside the
+    layers in float32, tables mapped in the dtype they are stored in.
 
     Raises:
-        BadCheckpointError: a config that transformers cannot use, or a tensor that is missing or has another shape.
-        UnsupportedModelError: a tensor that holds no floating-point numbers; see `require_form`.
+        BadCheckpointError: a tensor outside the layers is missing.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    require_form(source, family)
     config = read_config(source.path)
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)

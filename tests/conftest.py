@@ -1,6 +1,7 @@
 """What the tests share: small models of every family, converted once per session. Offline, on the CPU.
 
-With KVSHARE_TEST_DEVICE=cuda, tests/test_triton.py and `tests/test_attention.py -k triton` run the kernels on a GPU.
+With KVSHARE_TEST_DEVICE=cuda, tests/test_triton.py and `tests/test_attention.py -k triton` run the kernels on a GPU. With
+KVSHARE_TEST_EVERY=1, what is tested in turn (see `in_turn`) is tested in every combination, in twice the time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import pkgutil
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from kvshare.sections import Calibration
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
 
+EVERY = bool(os.environ.get("KVSHARE_TEST_EVERY"))  # combination of what is tested in turn
 DEVICE = "cuda" if os.environ["CUDA_VISIBLE_DEVICES"] else "cpu"  # of the kernels for GPUs
 
 # `pytest --hypothesis-profile=thorough` tries many more inputs, other ones every time.
@@ -91,6 +93,7 @@ SHORT: dict[str, Any] = {
     "kvshare.merge.regroup.PAIR_ITERATIONS": 2,
     "kvshare.layerwise.ALONE_ITERATIONS": 2,
     "kvshare.evaluation.GENERATED_TOKENS": 16,
+    "os.fsync": lambda _: None,  # what outlives a process, as every test asks, outlives it without the disk
 }
 AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}
 
@@ -168,6 +171,19 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return get
+
+
+def in_turn(rows: Iterable[str], columns: Sequence[str], each: int = 1, whole: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Pairs for a test that asks the same of two things that have little to do with each other, such as models and ways to
+    generate: every row with `each` of the columns, the next row with the next ones, so that both are tested equally often; the
+    rows of `whole`, and all where every combination is asked for, with every column.
+    """
+    pairs, place = [], 0
+    for row in rows:
+        count = len(columns) if EVERY or row in whole else each
+        pairs += [(row, columns[(place + step) % len(columns)]) for step in range(count)]
+        place += count
+    return pairs
 
 
 def quick_for(source: Path) -> Recipe:
@@ -409,13 +425,11 @@ def converted_folder(
     """A converted checkpoint of a source, made once per settings: a little text, one closed form per layer, no healing."""
 
     def get(key: str, kv_heads: int | str = "all", init: str = "svd", form: str = "shared") -> Path:
-        settings: dict[str, Any] = {"init": init, "kv_heads": kv_heads, "calibration": text_file, "calibration_tokens": 4096}
-        settings["form"] = form
+        settings: dict[str, Any] = {"init": init, "kv_heads": kv_heads, "form": form, "calibration": text_file}
+        settings |= {"calibration_tokens": 2048 if key == "tiny" else 1024, **measuring(key, text_file)}
         return once(
             f"{key}-{kv_heads}-{init}-{form}".replace("/", "of"),
-            lambda folder: kvshare.convert(
-                source_folder(key), folder, recipe=quick_for(source_folder(key)), eval_data=text_file, eval_tokens=1024, **settings
-            ),
+            lambda folder: kvshare.convert(source_folder(key), folder, recipe=quick_for(source_folder(key)), **settings),
         )
 
     return get
@@ -437,15 +451,20 @@ def measured_folder(once: Callable[[str, Callable[[Path], Any]], Path], own_text
     return get
 
 
+def measuring(key: str, text_file: str) -> dict[str, Any]:
+    """How a conversion of the source of this key is measured: not at all, but for the models at whose reports tests look."""
+    return {"eval_data": text_file, "eval_tokens": 1024} if key in ("tiny", "llama-mha") else {"eval_mode": "off"}
+
+
 def convert_layers(source: Path, output: Path, chosen: LayerHeads, text_file: str, **settings: Any) -> None:
-    """Convert with a cache budget that chooses these heads per layer, None for an untouched one, without measuring anything."""
+    """Convert with a cache budget that chooses these heads per layer, None for an untouched one, without measuring damage."""
 
     def choose(_model: Any, plan: Plan, *_: Any) -> Sensitivity:
         units = head_units(chosen, plan.source_kv_heads)
         layers = tuple((Damage(heads, head_units((heads,), plan.source_kv_heads), 0.0, 0.0),) for heads in chosen)
         return Sensitivity(layers, chosen, units, units, Agreement(math.nan, math.nan, math.nan), 0)
 
-    text = {"calibration": text_file, "calibration_tokens": 2048, "eval_data": text_file, "eval_tokens": 1024}
+    text = {"calibration": text_file, "calibration_tokens": 1024, "eval_data": text_file, "eval_tokens": 1024}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvshare.conversion.measure_sensitivity", choose)
         kvshare.convert(source, output, recipe=quick_for(source), cache_budget=1.0, **{"heal": False, **text, **settings})
@@ -471,7 +490,7 @@ def mixed_folder(once: Callable[[str, Callable[[Path], Any]], Path], text_file: 
                 more["no_rope_layers"] = 2 * fields["no_rope_layers"]
             source = random_model(folder / "source", model_type, **fields | more)
         heads = json.loads((source / "config.json").read_text())["num_key_value_heads"]
-        convert_layers(source, folder / "out", mixed_layers(key, heads), text_file)
+        convert_layers(source, folder / "out", mixed_layers(key, heads), text_file, **measuring(key, text_file))
 
     return lambda key: once(f"{key}-mixed", lambda folder: make(key, folder)) / "out"
 

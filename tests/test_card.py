@@ -49,7 +49,7 @@ def written(
     """Card, config and report of a checkpoint: all heads, heads that differ by layer, exact."""
     folder = {
         "llama-mha": lambda: converted_folder("llama-mha", 4),
-        "mixed": lambda: mixed_folder("llama-gqa"),
+        "mixed": lambda: mixed_folder("llama-mha"),
         "exact": lambda: converted_folder("llama-mha", "all", "exact"),
     }[request.param]()
     config, report = (json.loads((folder / name).read_text()) for name in ("config.json", "report.json"))

@@ -238,7 +238,7 @@ def test_tied_embeddings_stay_tied(converted_folder: Callable[..., Path]) -> Non
 
 
 def test_the_kvshare_block_tells_what_was_done(converted_folder: Callable[..., Path]) -> None:
-    block = json.loads((converted_folder("tiny", 2) / "config.json").read_text())["kvshare"]
+    block = json.loads((converted_folder("tiny", 2, "mean") / "config.json").read_text())["kvshare"]
     assert block["version"] == kvshare.__version__
     assert block["layers"] == [0, 1, 2, 3, 4, 5]
     assert block["source"]["name"] == "tiny"

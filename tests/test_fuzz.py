@@ -50,6 +50,7 @@ from kvshare.hub import describe
 from kvshare.journal import JOURNAL, open_journal, read_journal
 from kvshare.layerwise import LayerReport
 from kvshare.loading import load_native
+from kvshare.native import require_form
 from kvshare.planning import make_plan
 from kvshare.recipe import Recipe, load_recipe, recipe_names
 from kvshare.retrieval import read_questions
@@ -378,6 +379,13 @@ def test_headers_of_a_model(files: Files, data: st.DataObject, settings: dict[st
         outcome(lambda: planned(files.source, settings))
 
 
+def skeleton_of(source: Source) -> Any:
+    """As every command opens it that reads a layer at a time."""
+    family = family_of("llama")
+    require_form(source, family)
+    return open_skeleton(source, family)
+
+
 @cases(0.5)
 @given(data=st.data())
 def test_loading_sources(files: Files, data: st.DataObject) -> None:
@@ -387,7 +395,7 @@ def test_loading_sources(files: Files, data: st.DataObject) -> None:
         source = opened(files.source)
         if not isinstance(source, KVShareError):
             outcome(lambda: load_native(files.source))
-            outcome(lambda: open_skeleton(source, family_of("llama")))
+            outcome(lambda: skeleton_of(source))
 
 
 @cases(0.5)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SOURCES, SQUARE, TEXT
+from conftest import SOURCES, SQUARE, TEXT, in_turn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kvshare
@@ -39,23 +39,23 @@ BY_KERNEL = {"greedy", "beam", "prompt lookup", "static cache"}  # modes of `tes
 
 
 @pytest.fixture(scope="module")
-def folder_of(converted_folder: Callable[..., Path], mixed_folder: Callable[[str], Path]) -> Callable[..., Path]:
-    """A converted checkpoint by its form; another number of heads for every layer may be given."""
+def folder_of(converted_folder: Callable[..., Path], mixed_folder: Callable[[str], Path]) -> Callable[[str], Path]:
+    """A converted checkpoint by its form."""
 
-    def get(form: str, kv_heads: int | None = None) -> Path:
+    def get(form: str) -> Path:
         key, init, heads = FORMS[form]
-        return mixed_folder(key) if heads == "mixed" else converted_folder(key, kv_heads or heads, init)
+        return mixed_folder(key) if heads == "mixed" else converted_folder(key, heads, init)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def pair(folder_of: Callable[..., Path]) -> Callable[..., tuple[Any, Any]]:
+def pair(folder_of: Callable[[str], Path]) -> Callable[[str], tuple[Any, Any]]:
     """The native and the shared or exact form of a converted model, float32; loaded once, so no test may change them."""
 
     @cache
-    def get(form: str, kv_heads: int | None = None) -> tuple[Any, Any]:
-        folder = folder_of(form, kv_heads)
+    def get(form: str) -> tuple[Any, Any]:
+        folder = folder_of(form)
         native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         return native, kvshare.load(folder, dtype=torch.float32)
 
@@ -91,12 +91,14 @@ def parts_kept(config: Any) -> list[Fraction]:
     return [Fraction(heads.get(layer, full), full) for layer in range(config.num_hidden_layers)]
 
 
+TRAINED = ("tiny", "mixed tiny", "exact tiny")
+PAIRS = in_turn(FORMS, [*MODES], each=2, whole=TRAINED)
 # transformers cannot crop a sliding-window cache, which prompt lookup needs, in the native form either
-PAIRS = [(form, mode) for form in FORMS for mode in MODES if not (form.endswith("window") and mode == "prompt lookup")]
+PAIRS = [pair for pair in PAIRS if not (pair[0].endswith("window") and pair[1] == "prompt lookup")]
 
 
 @pytest.mark.parametrize(("form", "mode"), PAIRS)
-def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_equal_native(pair: Callable[[str], tuple[Any, Any]], form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native, shared = pair(form)
     if mode in BY_KERNEL:
         as_if_long(monkeypatch)
@@ -107,9 +109,8 @@ def test_tokens_equal_native(pair: Callable[..., tuple[Any, Any]], form: str, mo
     assert small == [count * part for count, part in zip(full, parts_kept(shared.config), strict=True)]
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beam", "static cache"])
-@pytest.mark.parametrize("form", FORMS)
-def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "mode"), in_turn(FORMS, ["greedy", "beam", "static cache"], whole=TRAINED))
+def test_left_padded_batches(pair: Callable[[str], tuple[Any, Any]], form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native, shared = pair(form)
     if mode != "greedy":
         as_if_long(monkeypatch)
@@ -119,9 +120,8 @@ def test_left_padded_batches(pair: Callable[..., tuple[Any, Any]], form: str, mo
     assert torch.equal(expected.sequences, got.sequences)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("form", FORMS)
-def test_logits_equal_native(folder_of: Callable[..., Path], form: str, attention: str) -> None:
+@pytest.mark.parametrize(("form", "attention"), in_turn(FORMS, ["sdpa", "eager"], whole=TRAINED))
+def test_logits_equal_native(folder_of: Callable[[str], Path], form: str, attention: str) -> None:
     folder = folder_of(form)
     native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     shared = kvshare.load(folder, dtype=torch.float32, attn_implementation=attention)
@@ -140,7 +140,7 @@ def test_logits_equal_native(folder_of: Callable[..., Path], form: str, attentio
 
 @pytest.mark.parametrize("size", [1, 5])
 @pytest.mark.parametrize("form", ["tiny", "mixed tiny", *EXACT])
-def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[Any, Any]], form: str, size: int) -> None:
+def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[[str], tuple[Any, Any]], form: str, size: int) -> None:
     native, shared = pair(form)
     ids = prompt(TEXT[:1])["input_ids"]
     with torch.no_grad():
@@ -150,23 +150,23 @@ def test_chunks_and_continued_cache_equal_one_forward(pair: Callable[..., tuple[
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("form", "kv_heads"), [("tiny", 8), ("tiny", 4), ("tiny", 2), ("tiny", 1), ("exact tiny", 8)])
-def test_cache_of_a_generated_sequence(pair: Callable[..., tuple[Any, Any]], form: str, kv_heads: int) -> None:
+@pytest.mark.parametrize(("init", "kv_heads"), [("mean", 8), ("mean", 4), ("mean", 2), ("mean", 1), ("exact", 8)])
+def test_cache_of_a_generated_sequence(converted_folder: Callable[..., Path], init: str, kv_heads: int) -> None:
     source = AutoModelForCausalLM.from_pretrained(Path(kvshare.__file__).parent / "tiny", dtype=torch.float32).eval()
-    _, shared = pair(form, kv_heads)
+    shared = kvshare.load(converted_folder("tiny", "all" if kv_heads == 8 else kv_heads, init), dtype=torch.float32)
     inputs = prompt(TEXT[:1])
     full, small = (generate(model, inputs, min_new_tokens=12).cache for model in (source, shared))
     assert cache_bytes(full) == cache_bytes(small) * 16 // kv_heads
 
 
-def test_one_storage_for_the_shared_projection(pair: Callable[..., tuple[Any, Any]]) -> None:
+def test_one_storage_for_the_shared_projection(pair: Callable[[str], tuple[Any, Any]]) -> None:
     native, shared = pair("qwen2")
     names = dict(shared.named_parameters())
     assert not any(name.endswith("v_proj.weight") for name in names)
     assert sum(p.numel() for p in names.values()) < sum(p.numel() for p in native.parameters())
 
 
-def test_one_of_every_repeated_head_is_kept_in_memory(pair: Callable[..., tuple[Any, Any]]) -> None:
+def test_one_of_every_repeated_head_is_kept_in_memory(pair: Callable[[str], tuple[Any, Any]]) -> None:
     native, shared = pair("mixed qwen2")
     assert [layer.self_attn.k_proj.weight.shape[0] for layer in native.model.layers] == [16, 16, 16, 16]
     assert [layer.self_attn.k_proj.weight.shape[0] for layer in shared.model.layers] == [16, 16, 8, 8]
@@ -182,7 +182,7 @@ def same_logits(native: Any, shared: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["llama-mha", "qwen2", "qwen3"])
-def test_weights_with_their_repeats_compute_the_same(pair: Callable[..., tuple[Any, Any]], key: str) -> None:
+def test_weights_with_their_repeats_compute_the_same(pair: Callable[[str], tuple[Any, Any]], key: str) -> None:
     native, _ = pair(f"mixed {key}")
     stored = shared_class(type(native))(native.config).eval()
     stored.load_state_dict(native.state_dict(), strict=False)
@@ -204,7 +204,7 @@ def test_weights_on_the_disk_keep_their_repeats(mixed_folder: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("form", ["qwen2", "mixed qwen2"])
-def test_save_pretrained_writes_both_names(pair: Callable[..., tuple[Any, Any]], tmp_path: Path, form: str) -> None:
+def test_save_pretrained_writes_both_names(pair: Callable[[str], tuple[Any, Any]], tmp_path: Path, form: str) -> None:
     native, shared = pair(form)
     shared.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -264,7 +264,7 @@ print(json.dumps([{str(trust): run(folder, trust) for trust in (False, True)} fo
 """
 
 
-def test_remote_code_without_kvshare(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_remote_code_without_kvshare(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
     folders = [folder_of(form) for form in ("qwen2", "mixed qwen2", "gpt2", "exact square-bias")]
     ids = prompt(TEXT[:1])["input_ids"][0].tolist()
     done = subprocess.run(
