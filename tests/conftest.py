@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ def _short() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[None]:
     """For tests that run kernels in triton's interpreter, which makes the language its own anew in every function that a kernel
-    calls, a quarter of its time: once for each module of functions is enough, until the kernel ends and gives it back.
+    calls, a quarter of its time: once for each module of functions is enough, until the kernel ends and gives it back. Another
+    quarter goes into looking for integers that overflow, of which nothing is said unless kernels are debugged.
     """
     try:
         from triton.runtime import interpreter as runtime
@@ -138,6 +139,9 @@ def interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as context:
         whole = runtime._patch_lang
         context.setattr(runtime, "_patch_lang", patch)
+        context.setattr(
+            runtime.interpreter_builder, "options", replace(runtime.interpreter_builder.options, sanitize_overflow=False)
+        )
         yield
 
 

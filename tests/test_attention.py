@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import DEVICE, FAMILY_SOURCES, SOURCES
+from conftest import DEVICE, FAMILY_SOURCES, SOURCES, in_turn
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu, kvshare_triton
@@ -152,17 +152,19 @@ needs_gcc = pytest.mark.skipif(
 )
 
 
+KINDS = {f"{generation} {dtype}": (generation, kind) for dtype, kind in kvshare_cpu.KINDS.items() for generation in GENERATIONS}
+
+
 @needs_gcc
-@pytest.mark.parametrize("kind", kvshare_cpu.KINDS.values())
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_no_vector_is_taken_apart(generation: str, kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "pairs"), in_turn(KINDS, ["halves", "adjacent"]))
+def test_no_vector_is_taken_apart(kind: str, pairs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wider ones than a machine has, and bytes that become numbers at one go, make a step up to six times slower."""
     strict = [*(flag for flag in kvshare_cpu.FLAGS if flag != "-w"), "-Werror=vector-operation-performance"]
     monkeypatch.setattr(kvshare_cpu, "FLAGS", strict)
+    generation, made = KINDS[kind]
     monkeypatch.setattr(kvshare_cpu, "NATIVE", ([f"-march={generation}"],))
     monkeypatch.setattr(kvshare_cpu, "compiler", lambda: "gcc")
-    for adjacent in (False, True):
-        assert kvshare_cpu._build(kvshare_cpu.Made(64, 64, adjacent, kind), tmp_path / "step.so") == ""
+    assert kvshare_cpu._build(kvshare_cpu.Made(64, 64, pairs == "adjacent", made), tmp_path / "step.so") == ""
 
 
 def built_anew(monkeypatch: pytest.MonkeyPatch, folder: Path, compiler: str, flags: list[str]) -> float:
