@@ -399,10 +399,10 @@ def own_text(once: Callable[[str, Callable[[Path], Any]], Path]) -> tuple[str, s
     def write(folder: Path) -> None:
         folder.mkdir()
         tokenizer = load_tokenizer(TINY_FOLDER)
-        rows = load_rows("self", tokenizer, load_native(TINY_FOLDER, dtype=torch.float32), 24_576, 128, 0)
+        rows = load_rows("self", tokenizer, load_native(TINY_FOLDER, dtype=torch.float32), 15_360, 128, 0)
         texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        (folder / "heal.txt").write_text("<|endoftext|>".join(texts[:136]))
-        (folder / "val.txt").write_text("<|endoftext|>".join(texts[136:]))
+        (folder / "heal.txt").write_text("<|endoftext|>".join(texts[:84]))
+        (folder / "val.txt").write_text("<|endoftext|>".join(texts[84:]))
 
     folder = once("own-text", write)
     return str(folder / "heal.txt"), str(folder / "val.txt")
@@ -442,7 +442,7 @@ def converted_folder(
 @pytest.fixture(scope="session")
 def measured_folder(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple[str, str]) -> Callable[[str], Path]:
     """The bundled, really trained model by init: calibrated and measured on text that it wrote itself, not healed."""
-    settings: dict[str, Any] = {"calibration_tokens": 8_192, "eval_tokens": 6_144, "heal": False}
+    settings: dict[str, Any] = {"calibration_tokens": 8_192, "eval_tokens": 4_096, "heal": False}
     settings |= {"calibration": own_text[0], "eval_data": own_text[1]}
 
     def make(output: Path, init: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import typer
 from conftest import TINY_FOLDER, Outcome, edit_json
@@ -54,7 +55,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A checkpoint that the installed script wrote, and what it printed."""
+    """A checkpoint that the command wrote in a process of its own, and what it printed."""
 
     def make(folder: Path) -> None:
         folder.mkdir()
@@ -62,8 +63,7 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
         recipe.write_text("merge: {balance: [1.0]}")
         text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
         options = ("--recipe", recipe, "--no-heal", *text, "--json")
-        arguments = [SCRIPT, "convert", "kvshare/tiny", "-o", folder / "alone/converted", *options]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        done = prepared.run(prepared.COMMAND, "convert", "kvshare/tiny", "-o", folder / "alone/converted", *options)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
     folder = once("cli", make)

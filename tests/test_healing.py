@@ -7,12 +7,12 @@ import math
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 import transformers
@@ -189,13 +189,13 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(
     folder, source, recipe, output = converted_folder("llama-gqa"), source_folder("llama-gqa"), small(tmp_path), tmp_path / "out"
     undisturbed = kvshare.heal(folder, tmp_path / "whole", source, text_file, recipe=recipe)
     words = ["heal", folder, "-o", output, "--source", source, "--data", text_file, "--recipe", recipe]
-    code = "import sys; from kvshare.cli import main; main()"
-    with subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, text=True) as child:
-        assert child.stderr is not None
-        for line in child.stderr:
-            if line.startswith("healing: 6/8"):
-                child.kill()
-    assert child.returncode == -signal.SIGKILL
+    with prepared.started(prepared.COMMAND, *words) as (process, _, said):
+        while "\nhealing: 6/8" not in said.read_text():
+            assert process.is_alive(), said.read_text()
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not output.exists()
     assert kvshare.heal(folder, output, source, text_file, recipe=recipe, resume=True) == undisturbed
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

@@ -8,13 +8,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from conftest import TINY_FOLDER
@@ -384,12 +384,11 @@ def test_names_are_escaped_and_plots_repeat() -> None:
 def command(
     tmp_path_factory: pytest.TempPathFactory, source_folder: Callable[[str], Path], text_file: str
 ) -> tuple[Path, list[Any], subprocess.CompletedProcess[str]]:
-    """The folder that the installed script wrote, its arguments, and what it printed."""
+    """The folder that the command wrote, its arguments, and what it printed."""
     output = tmp_path_factory.mktemp("inspect") / "out"
-    script = Path(sys.executable).with_name("kvshare")
-    arguments = [script, "inspect", source_folder("llama-mha"), "-o", output, "--data", text_file, "--tokens", "1024"]
+    arguments = ["inspect", source_folder("llama-mha"), "-o", output, "--data", text_file, "--tokens", "1024"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    return output, arguments, subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    return output, arguments, prepared.run(prepared.COMMAND, *arguments, environment=environment)
 
 
 def test_the_command_writes_page_figures_and_plots(command: tuple[Path, list[Any], subprocess.CompletedProcess[str]]) -> None:
@@ -399,7 +398,7 @@ def test_the_command_writes_page_figures_and_plots(command: tuple[Path, list[Any
     plots = {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
     assert {file.name for file in output.iterdir()} == {"index.html", "inspection.json", "kvshare_manifest.json", *plots}
     values = json.loads((output / "inspection.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
-    assert (values["model"], values["tokens"], values["data"]) == (arguments[2].name, 1024, "text.txt")
+    assert (values["model"], values["tokens"], values["data"]) == (arguments[1].name, 1024, "text.txt")
     assert [len(layer["heads"]) for layer in values["layers"]] == [8, 8]
     assert all(0 < head["dropped"] < 1 for layer in values["layers"] for head in layer["heads"])
     text = (output / "index.html").read_text(encoding="utf-8")
@@ -413,7 +412,7 @@ def test_the_command_writes_page_figures_and_plots(command: tuple[Path, list[Any
     assert all(len(line) <= 80 for line in done.stdout.splitlines()[:-1])
     assert "inspecting layers" in done.stderr
     before = (output / "inspection.json").stat()
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    again = prepared.run(prepared.COMMAND, *arguments)
     assert again.returncode == 2
     assert "exists" in again.stderr
     assert (output / "inspection.json").stat() == before

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 import yaml
@@ -37,51 +38,36 @@ DEEPSPEED = {processes.DEEPSPEED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 FULL_KL = 2.0  # above that of the start, so that the rate is made of it
-HEAL = f"""
-import sys
-from kvshare import training
-from kvshare.cli import main
-
-training.FULL_KL = {FULL_KL}
-sys.argv[0] = "kvshare"
-main()
-"""
-WATCHED = """
+WATCHED = f"""
 import os
 from pathlib import Path
 from kvshare import training
 
+training.FULL_KL = {FULL_KL}
 tried = training.preflight
 
 def watch(adapted, teacher, *rest):
     terms = tried(adapted, teacher, *rest)
     held = [getattr(value, "_local_tensor", value) for model in (adapted, teacher) for value in model.parameters()]
-    numbers = sum({value.data_ptr(): value.untyped_storage().nbytes() // 4 for value in held}.values())
+    numbers = sum({{value.data_ptr(): value.untyped_storage().nbytes() // 4 for value in held}}.values())
     Path(os.environ["HELD"], os.environ["RANK"]).write_text(str(numbers))
     return terms
 
 training.preflight = watch
 """
-# Forks of a process that has everything imported: both are killed when a step after the first saved state is shown as done.
-KILLED = f"""
+# Forks of a process that has everything imported. The first argument says what becomes of them: `whole`, and rank and file of what
+# they print are printed, or `killed`: both are when a step after the first saved state is shown as done, and run again.
+FORKS = f"""
 import json
-import os
 import signal
 import sys
-from pathlib import Path
-
-import datasets
-import peft
-import transformers
 from killing import run_together
-from kvshare import healing, training
+from kvshare import healing
 from kvshare.checkpoint import work_folder
 from kvshare.cli import main
 from kvshare.distillation import newest_state
-
-transformers.Trainer
-training.FULL_KL = {FULL_KL}
-output, words = Path(sys.argv[-1]), sys.argv[1:]
+{WATCHED}
+task, output, words = sys.argv[1], Path(sys.argv[-1]), sys.argv[2:]
 trained = healing.train
 
 def dies(stage, done, total):
@@ -91,19 +77,21 @@ def dies(stage, done, total):
 def train(*arguments):
     return trained(*arguments[:7], dies, *arguments[8:])
 
-def heal(*more):
+def heal(dying, *more):
     def job(again):
         sys.argv = ["kvshare", *words, *more]
-        sys.stdout = open(os.devnull, "w")
-        healing.train = trained if more else train
+        sys.stdout = open(output.parent / f"printed {{os.environ['RANK']}}", "w")
+        healing.train = train if dying else trained
         try:
             main()
         except SystemExit as stop:
             assert not stop.code, stop.code
+        finally:
+            sys.stdout.flush()
     return run_together(job, output)[0]
 
-for more in ((), ("--resume",)):
-    statuses = heal(*more)
+for dying in (True, False) if task == "killed" else (False,):
+    statuses = heal(dying, *(["--resume"] if task == "killed" and not dying else []))
     state = newest_state(work_folder(output) / "training")
     print(json.dumps({{"statuses": statuses, "state": state is not None, "output": output.exists()}}))
 """
@@ -139,7 +127,7 @@ def job(
     tmp_path_factory: pytest.TempPathFactory,
     text_file: str,
 ) -> Job:
-    """The same healing by one process and by two that accelerate has launched."""
+    """The same healing by one process and by two: one kind is launched by accelerate, the other by forks, which takes less time."""
     root = tmp_path_factory.mktemp("processes")
     folder, source, recipe = converted_folder("llama-gqa", 2), source_folder("llama-gqa"), root / "recipe.yaml"
     recipe.write_text(
@@ -154,29 +142,22 @@ def job(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvshare.training.FULL_KL", FULL_KL)
         alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
-    script = root / "heal.py"
-    script.write_text(WATCHED + HEAL)
-    words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe))]
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        CONFIGS / f"{request.param}.yaml",
-        "--main_process_port",
-        "0",
-    ]
-    done = subprocess.run(
-        [*map(str, launch), str(script), *words, "-o", str(root / "two"), "--json"],
-        env={**ENVIRONMENT, "HELD": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe, "--json"))]
+    words += ["-o", str(root / "two")]
+    environment = ENVIRONMENT | {"HELD": str(root)}
+    if request.param == "fsdp2":
+        script, config = root / "heal.py", CONFIGS / "fsdp2.yaml"
+        script.write_text(f"{WATCHED}\nimport sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
+        done = subprocess.run([*launch, str(script), *words], env=environment, capture_output=True, text=True, check=False)
+        printed = done.stdout
+    else:
+        done = prepared.run(FORKS, "whole", *words, environment=environment)
+        printed = "".join((root / f"printed {rank}").read_text() for rank in (0, 1))
     assert done.returncode == 0, done.stderr
-    environment = ENVIRONMENT | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "fsdp2" else {})
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "fsdp2" else {}
     held = [int((root / rank).read_text()) for rank in "01"]
-    return Job(environment, words, folder, alone, root / "one", root / "two", done.stdout, held)
+    return Job(environment, words[:-2], folder, alone, root / "one", root / "two", printed, held)
 
 
 def test_two_processes_heal_as_one_does(job: Job) -> None:
@@ -195,9 +176,7 @@ def test_two_processes_heal_as_one_does(job: Job) -> None:
 
 
 def test_two_processes_that_are_killed_go_on_to_the_same_bytes(job: Job, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, *job.words, "-o", str(tmp_path / "out")]
-    environment = {**job.environment, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = prepared.run(FORKS, "killed", *job.words, "-o", tmp_path / "out", environment=job.environment)
     assert done.returncode == 0, done.stderr
     killed, resumed = map(json.loads, done.stdout.splitlines())
     assert -signal.SIGKILL in killed["statuses"]

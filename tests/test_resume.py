@@ -6,12 +6,11 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 import torch
 from conftest import BRIEF, QUICK, TINY_FOLDER, Outcome, random_model
@@ -24,7 +23,7 @@ from kvshare.checkpoint import REPLACED, WeightWriter, work_folder
 from kvshare.errors import NoSpaceError, QualityError, UnfinishedWorkError, UsageError
 from kvshare.journal import JOURNAL, flat, open_journal, read_journal
 
-KILLING = Path(__file__).with_name("killing.py")
+KILLING = "import killing; killing.main()"
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +42,7 @@ def test_killed_at_a_write_it_goes_on_to_the_same_bytes(sources: Path, tmp_path:
     """At a few of the places; benchmarks/convert.py kills at all of them."""
     points = {"mean": 5, "svd": 3, "budget": 3, "healed": 3, "heal": 3}
     asked = [f"{name}={count}" for name, count in points.items()]
-    command = [sys.executable, str(KILLING), str(sources), str(tmp_path), *asked]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = prepared.run(KILLING, sources, tmp_path, *asked)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {name: {"killed": count, "wrong": {}} for name, count in points.items()}
 

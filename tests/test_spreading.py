@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import prepared
 import pytest
 from conftest import QUICK, TINY_FOLDER, Outcome, random_model
 from filelock import FileLock
@@ -25,7 +26,6 @@ from kvshare.recipe import Recipe, load_recipe
 from kvshare.refusals import one_process_because
 from kvshare.spreading import LOCK
 
-KILLING = Path(__file__).with_name("killing.py")
 APART = QUICK.model_copy(update={"merge": QUICK.merge.model_copy(update={"sequential": False})})
 MEAN: dict[str, Any] = {"init": "mean", "heal": False, "eval_mode": "off"}
 
@@ -269,11 +269,6 @@ def test_processes_of_a_launch_give_the_bytes_of_one(tmp_path: Path) -> None:
 
 def test_killed_processes_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     random_model(tmp_path / "model", "llama")
-    done = subprocess.run(
-        [sys.executable, str(KILLING), str(tmp_path), str(tmp_path / "root"), "together=2"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = prepared.run("import killing; killing.main()", tmp_path, tmp_path / "root", "together=2")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"together": {"killed": 4, "wrong": {}}}

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
+import prepared
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,13 +196,7 @@ def test_tensor_parallelism(
         converted_folder("phi3"): 1,
         converted_folder("square-bias", init="exact"): 1,
     }
-    run = subprocess.run(
-        [sys.executable, "-c", SPLIT, tmp_path, *parts],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = prepared.run(SPLIT, tmp_path, *parts)
     assert run.stdout.endswith("[0, 0]\n"), run.stderr
     for rank in (0, 1):
         for (path, share), (tokens, size) in zip(parts.items(), json.loads((tmp_path / str(rank)).read_text()), strict=True):
