@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -58,6 +58,7 @@ torch.set_num_threads(1)  # small tensors: threads that wait for each other cost
 transformers.utils.logging.disable_progress_bar()
 
 TINY_FOLDER = open_source(TINY).path
+Row, Column = TypeVar("Row"), TypeVar("Column")
 TEXT = [
     "The captain looked at the sea for a long time before he spoke to the men who stood around him on the deck.",
     "It was a cold morning in the village, and the old woman had already lit the fire when her son came down the stairs.",
@@ -93,6 +94,7 @@ SHORT: dict[str, Any] = {
     "kvshare.merge.regroup.PAIR_ITERATIONS": 2,
     "kvshare.layerwise.ALONE_ITERATIONS": 2,
     "kvshare.evaluation.GENERATED_TOKENS": 16,
+    "peft.PeftModel.create_or_update_model_card": lambda *_: None,
     "os.fsync": lambda _: None,  # what outlives a process, as every test asks, outlives it without the disk
 }
 AS_IS = {name: pkgutil.resolve_name(name) for name in SHORT}
@@ -177,7 +179,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
     return get
 
 
-def in_turn(rows: Iterable[str], columns: Sequence[str], each: int = 1, whole: Collection[str] = ()) -> list[tuple[str, str]]:
+def in_turn(rows: Iterable[Row], columns: Sequence[Column], each: int = 1, whole: Collection[Row] = ()) -> list[tuple[Row, Column]]:
     """Pairs for a test that asks the same of two things that have little to do with each other, such as models and ways to
     generate: every row with `each` of the columns, the next row with the next ones, so that both are tested equally often; the
     rows of `whole`, and all where every combination is asked for, with every column.

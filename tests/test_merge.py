@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
+from conftest import in_turn
 from torch import Tensor
 
 from kvshare.activations import OutputSums
@@ -191,9 +192,8 @@ def test_a_layer_that_is_shared_already_stays_the_same_function(kind: str) -> No
     torch.testing.assert_close(scores - scores[..., :1], expected - expected[..., :1], atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "grouping", [((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)), ((0, 1, 2, 3),)], ids=["4 to 4", "4 to 2", "4 to 1"]
+    ("kind", "grouping"), in_turn(KINDS, [((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)), ((0, 1, 2, 3),)], each=2), ids=str
 )
 def test_what_is_shared_in_disguise_is_found_without_loss(grouping: Grouping, kind: str) -> None:
     layer = planted_layer(2, grouping, kind=kind)
@@ -339,9 +339,8 @@ def test_the_loss_is_the_cost_of_the_formula(kind: str, seed: int) -> None:
         assert solution.loss == pytest.approx(error_of(layer, x, kept, head), rel=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("group", [(1,), (0, 3), (0, 1, 2)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "seed"), in_turn(KINDS, range(3)))
 def test_nothing_simple_loses_less(kind: str, group: tuple[int, ...], seed: int) -> None:
     problem = problem_of(random_layer(10 + seed, kind=kind), group, inputs(seed))
     best = solve_group(problem)
@@ -427,8 +426,7 @@ def test_the_slope_of_the_loss_is_its_slope(
     assert (loss_at(1e-5) - loss_at(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", BASIC)
+@pytest.mark.parametrize(("kind", "seed"), in_turn(BASIC, range(3)))
 def test_longer_searches_are_never_worse(kind: str, seed: int) -> None:
     problem = problem_of(random_layer(30 + seed, kind=kind), (0, 1, 3))
     solutions = [solve_group(problem, iterations) for iterations in (0, 3, 10, 60)]
@@ -665,9 +663,8 @@ def test_heads_that_share_moments_are_merged_nearly_as_well(kind: str, monkeypat
     assert report.loss == pytest.approx(best.loss, rel=0.3)
 
 
-@pytest.mark.parametrize("kind", BASIC)
+@pytest.mark.parametrize(("kind", "kv_heads"), in_turn(BASIC, [2, 4]))
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("kv_heads", [4, 2])
 def test_float32_gives_what_float64_gives(kv_heads: int, kind: str) -> None:
     layer, x = random_layer(90, kind=kind), inputs()
     small = layer.to(torch.float32)
