@@ -55,7 +55,8 @@ class Journal:
             BadCheckpointError: it is not of that kind.
         """
         try:
-            return _adapter(kind).validate_python(self.entries[name])
+            adapter: TypeAdapter[Result] = _adapter(kind)  # type: ignore[arg-type]  # mypy takes a class that is not known for unhashable
+            return adapter.validate_python(self.entries[name])
         except ValidationError as error:
             raise BadCheckpointError(
                 f"the entry {name!r} of {self.file} cannot be used",

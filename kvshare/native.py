@@ -198,11 +198,11 @@ def require_form(source: Source, family: Family) -> None:
     """
     from kvshare.runtime.modeling_kvshare import shared_class
 
-    native = _native_outline(source.path, source.tensors)
-    config = native.config
+    model = _native_outline(source.path, source.tensors)
+    native, config = model.__class__, model.config
     config.kvshare = {"form": "shared", "layers": [*geometry_of(source.config, family, source.name).attention]}
     try:
-        outlined(shared_class(type(native)), config)
+        outlined(shared_class(native), config)
     except ImportError as error:
         raise UnsupportedModelError(
             f"{source.name} has no shared form in the transformers that is installed",

@@ -78,7 +78,7 @@ def test_the_tie_holds_and_embeddings_stay(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str
 ) -> None:
     folder = converted_folder(key)
-    kvshare.heal(folder, tmp_path / "out", source_folder(key), text_file, tokens=4_096, recipe=short_recipe(tmp_path))
+    kvshare.heal(folder, tmp_path / "out", source_folder(key), text_file, tokens=2_048, recipe=short_recipe(tmp_path))
     kvshare.verify(tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -87,7 +87,7 @@ def test_the_tie_holds_and_embeddings_stay(
     assert {family.weight(0, part) for part in PARTS} <= changed
     assert {name for name in before if ".0.mlp." in name and name.endswith("weight")} <= changed
     assert not {name for name in changed if any(part in name for part in ("embed", "norm", "lm_head", "wte", "wpe", "ln_"))}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["kvshare"]["healed_tokens"] == 4_096
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["kvshare"]["healed_tokens"] == 2_048
     kvshare.load(tmp_path / "out")
 
 
@@ -95,7 +95,7 @@ def test_the_tie_holds_and_embeddings_stay(
 def test_layers_of_all_forms_keep_theirs(mixed_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str) -> None:
     folder = mixed_folder(key)
     source = "kvshare/tiny" if key == "tiny" else folder.parent / "source"
-    kvshare.heal(folder, tmp_path / "out", source, text_file, tokens=4_096, recipe=short_recipe(tmp_path))
+    kvshare.heal(folder, tmp_path / "out", source, text_file, tokens=2_048, recipe=short_recipe(tmp_path))
     kvshare.verify(tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}

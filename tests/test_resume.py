@@ -13,7 +13,7 @@ from typing import Any
 import prepared
 import pytest
 import torch
-from conftest import BRIEF, QUICK, TINY_FOLDER, Outcome, random_model
+from conftest import BRIEF, QUICK, TINY_FOLDER, Outcome, in_turn, random_model
 from killing import contents, jobs
 from safetensors.torch import load_file
 
@@ -67,8 +67,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, layer: int | None) -> list[int
     return merged
 
 
-@pytest.mark.parametrize("key", ["qwen3", "gpt2", "qwen2"])
-@pytest.mark.parametrize("mode", ["layers", "off"])
+@pytest.mark.parametrize(("key", "mode"), in_turn(["qwen3", "gpt2", "qwen2"], ["layers", "off"]))
 def test_finished_layers_are_not_merged_again(
     key: str, mode: str, source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,33 +251,47 @@ sys.modules["kvshare"] = None  # as on a machine where it is not installed: impo
 import json, torch, transformers
 from transformers import AutoModelForCausalLM
 transformers.utils.logging.disable_progress_bar()
-ids = torch.tensor([json.loads(sys.argv[1])])
+ids, again = torch.tensor([json.loads(sys.argv[1])]), sys.argv[2]
 
-def run(folder, trust):
+def run(folder, trust, saved=None):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32).eval()
+    if saved is not None:
+        model.save_pretrained(saved)
     run = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0,
                          return_dict_in_generate=True)
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in run.cache.layers)
     return {"tokens": run.sequences.tolist(), "cache": cache, "module": type(model).__module__}
 
-print(json.dumps([{str(trust): run(folder, trust) for trust in (False, True)} for folder in sys.argv[2:]]))
+def runs(folder):
+    native = None if "rotated" in folder else run(folder, False)
+    return {"native": native, "remote": run(folder, True, again), "again": run(again, True)}
+
+print(json.dumps([runs(folder) for folder in sys.argv[3:]]))
 """
 
 
-def test_remote_code_without_kvshare(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_remote_code_without_kvshare(
+    folder_of: Callable[[str], Path], converted_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     folders = [folder_of(form) for form in ("qwen2", "mixed qwen2", "gpt2", "exact square-bias")]
-    ids = prompt(TEXT[:1])["input_ids"][0].tolist()
+    rotated = converted_folder("qwen2", form="rotated")  # which no class of transformers computes
+    inputs = prompt(TEXT[:1])
     done = subprocess.run(
-        [sys.executable, "-c", REMOTE, json.dumps(ids), *map(str, folders)],
+        [sys.executable, "-c", REMOTE, json.dumps(inputs["input_ids"][0].tolist()), "again", *map(str, folders), str(rotated)],
         capture_output=True,
         text=True,
         check=True,
         cwd=tmp_path,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
     )
-    for folder, result in zip(folders, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert result["True"]["tokens"] == result["False"]["tokens"]
+    results = json.loads(done.stdout.splitlines()[-1])
+    for folder, result in zip(folders, results[:-1], strict=True):
+        assert result["remote"]["tokens"] == result["native"]["tokens"]
         parts = parts_kept(AutoConfig.from_pretrained(folder))
-        assert result["True"]["cache"] == result["False"]["cache"] * sum(parts) / len(parts)
-        assert result["True"]["module"].startswith("transformers_modules")
-        assert result["False"]["module"].startswith("transformers.models")
+        assert result["remote"]["cache"] == result["native"]["cache"] * sum(parts) / len(parts)
+        assert result["native"]["module"].startswith("transformers.models")
+    mine = kvshare.load(rotated, dtype=torch.float32).generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert results[-1]["remote"]["tokens"] == mine.tolist()
+    for result in results:
+        assert result["remote"]["module"].startswith("transformers_modules")
+        assert (result["again"]["tokens"], result["again"]["cache"]) == (result["remote"]["tokens"], result["remote"]["cache"])

@@ -32,7 +32,7 @@ def taken(
     def get(key: str, kv_heads: int | str = "all") -> Path:
         return once(
             f"statistics-{key}-{kv_heads}",
-            lambda folder: kvshare.calibrate(source_folder(key), folder, kv_heads=kv_heads, data=text_file, tokens=4096),
+            lambda folder: kvshare.calibrate(source_folder(key), folder, kv_heads=kv_heads, data=text_file, tokens=2048),
         )
 
     return get
@@ -54,7 +54,7 @@ def test_statistics_give_the_weights_that_their_text_gives(
     monkeypatch.setattr("kvshare.merge.svd.ITERATIONS", STATISTICS_ITERATIONS)
     settings = {"balance": [FIXED_BALANCE], "refit": False, "sequential": False}
     recipe = Recipe.model_validate({"merge": settings})
-    text: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 4096}
+    text: dict[str, Any] = {"calibration": text_file, "calibration_tokens": 2048}
     kvshare.convert(source, tmp_path / "b", recipe=recipe, kv_heads=kv_heads, **text, **BARE)
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert ours.keys() == theirs.keys()
