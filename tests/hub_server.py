@@ -75,7 +75,7 @@ class Hub(ThreadingHTTPServer):
 def serving() -> Iterator[Hub]:
     """A running server."""
     hub = Hub()
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)  # it looks that often whether it is to end
     thread.start()
     try:
         yield hub

@@ -62,8 +62,9 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
         recipe = folder / "one-balance.yaml"
         recipe.write_text("merge: {balance: [1.0]}")
         text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
-        options = ("--recipe", recipe, "--no-heal", *text, "--json")
-        done = prepared.run(prepared.COMMAND, "convert", "kvshare/tiny", "-o", folder / "alone/converted", *options)
+        options = ("-o", folder / "alone/converted", "--recipe", recipe, "--no-heal", *text, "--json")
+        code = f"from kvshare.merge import svd; svd.ITERATIONS = 3; {prepared.COMMAND}"
+        done = prepared.run(code, "convert", "kvshare/tiny", *options)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 
     folder = once("cli", make)

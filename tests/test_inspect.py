@@ -251,9 +251,9 @@ def test_every_family_has_its_figures(
     assert ("rope turns no keys in layer 1" in said) == (key == "smollm3")
     assert ("rope turns 4 of 8 numbers" in said) == (key == "phi")
     assert ("heads of this family cannot be merged" in said) == (key == "gpt2")
-    plots = drawn(found)
-    assert ("rope" in [plot.name for plot in plots]) == (key != "gpt2")
-    check_page(render_page(found, plots), found)
+    assert ("rope" in [plot.name for plot in draw(found)]) == (key != "gpt2")
+    if key in ("gpt2", "smollm3"):  # a page without a plot, and one with layers that differ; drawing takes seconds
+        check_page(render_page(found, drawn(found)), found)
 
 
 def drawn(found: Inspection) -> dict[Plot, str]:

@@ -311,8 +311,21 @@ def test_several_checkpoints_side_by_side(
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], text_file: str, asked: dict[str, Any], named: str
+    converted_folder: Callable[..., Path],
+    source_folder: Callable[[str], Path],
+    text_file: str,
+    asked: dict[str, Any],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def one_folder(_: bool) -> Any:
+        """Of the thousands of files that come with lm-eval, reading which takes many seconds."""
+        from lm_eval import tasks
+
+        folder = Path(tasks.__file__).parent / "hellaswag"
+        return tasks.TaskManager(include_path=str(folder), include_defaults=False)
+
+    monkeypatch.setattr("kvshare.tasks._index", one_folder)
     with pytest.raises(UsageError, match=named):
         kvshare.evaluate(converted_folder("llama-gqa"), source_folder("llama-gqa"), text_file, tokens=512, **asked)
 

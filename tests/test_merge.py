@@ -193,7 +193,7 @@ def test_a_layer_that_is_shared_already_stays_the_same_function(kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "grouping"), in_turn(KINDS, [((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)), ((0, 1, 2, 3),)], each=2), ids=str
+    ("kind", "grouping"), in_turn(KINDS, [((0,), (1,), (2,), (3,)), ((0, 3), (1, 2)), ((0, 1, 2, 3),)]), ids=str
 )
 def test_what_is_shared_in_disguise_is_found_without_loss(grouping: Grouping, kind: str) -> None:
     layer = planted_layer(2, grouping, kind=kind)

@@ -320,16 +320,17 @@ def test_other_forms_and_families_are_refused(source_folder: Callable[[str], Pat
         runtime.ModelArgs.from_dict(config | {"model_type": "bloom"})
 
 
-def test_by_the_command_line(run: Callable[..., Any], text_file: str, tmp_path: Path) -> None:
+def test_by_the_command_line(run: Callable[..., Any], source_folder: Callable[[str], Path], text_file: str, tmp_path: Path) -> None:
+    source = source_folder("llama-gqa")
     (tmp_path / "recipe.yaml").write_text(json.dumps(QUICK.model_dump(mode="json")))
-    text = ["--calibration", text_file, "--calibration-tokens", "4096", "--eval-data", text_file, "--eval-tokens", "1024"]
-    done = run("convert", "kvshare/tiny", "-o", tmp_path / "out", "--mlx", "--recipe", tmp_path / "recipe.yaml", *text, "--quiet")
+    text = ["--calibration", text_file, "--calibration-tokens", "1024", "--eval-data", text_file, "--eval-tokens", "1024"]
+    done = run("convert", source, "-o", tmp_path / "out", "--mlx", "--recipe", tmp_path / "recipe.yaml", *text, "--quiet")
     assert done.code == 0, done.err
     assert run("verify", tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "mlx_lm.generate" in card
     assert "transformers and mlx-lm" in card
-    kvshare.heal(tmp_path / "out", tmp_path / "healed", "kvshare/tiny", text_file, tokens=1024, recipe=SHORT_ROWS)
+    kvshare.heal(tmp_path / "out", tmp_path / "healed", source, text_file, tokens=1024, recipe=SHORT_ROWS)
     for folder in (tmp_path / "out", tmp_path / "healed"):
         model, tokenizer = mlx_lm.load(str(folder), trust_remote_code=True)
         model.set_dtype(mx.float32)
