@@ -284,11 +284,12 @@ def main() -> None:
 
     The job `together` is `mean` in two processes, each of which is killed at so many points.
     """
-    from kvshare import card
-    from kvshare.merge import svd
+    from kvshare import card, layerwise
+    from kvshare.merge import regroup, svd
 
     # a short search, and a figure that is not drawn: runs are only compared with each other
     svd.ITERATIONS = svd.RESTARTED_ITERATIONS = 4
+    svd.SETTLING = regroup.PAIR_ITERATIONS = layerwise.ALONE_ITERATIONS = 2
     card.draw_plot = no_plot
     sources, root = Path(sys.argv[1]), Path(sys.argv[2])
     known, result = jobs(sources), {}
