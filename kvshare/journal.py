@@ -55,7 +55,7 @@ class Journal:
             BadCheckpointError: it is not of that kind.
         """
         try:
-            adapter: TypeAdapter[Result] = _adapter(kind)  # type: ignore[arg-type]  # mypy takes a class that is not known for unhashable
+            adapter: TypeAdapter[Result] = _adapter(kind)  # type: ignore[arg-type]  # any class can be a key
             return adapter.validate_python(self.entries[name])
         except ValidationError as error:
             raise BadCheckpointError(

@@ -257,10 +257,10 @@ def budgeted(once: Callable[[str, Callable[[Path], Any]], Path], own_text: tuple
             yaml.safe_dump(
                 {
                     "cache_budget": 0.3,
-                    "calibration": {"data": own_text[0], "tokens": 8_192, "sequence_length": 128},
+                    "calibration": {"data": own_text[0], "tokens": 4_096, "sequence_length": 128},
                     "merge": {"balance": [1.0], "grouping": "neighbours"},
                     "heal": {"enabled": False},
-                    "evaluation": {"data": own_text[1], "tokens": 4_096},
+                    "evaluation": {"data": own_text[1], "tokens": 2_048},
                 }
             )
         )

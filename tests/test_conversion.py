@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import QUICK, SOURCES, TEXT, TINY_FOLDER, edit_json
+from conftest import QUICK, SOURCES, TEXT, TINY_FOLDER, edit_json, in_turn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,8 +103,7 @@ def test_what_was_learned_is_what_is_written(
             torch.testing.assert_close(tensors[family.tensor(layer, name)], value.float())
 
 
-@pytest.mark.parametrize("key", SOURCES)
-@pytest.mark.parametrize("init", ["mean", "svd"])
+@pytest.mark.parametrize(("key", "init"), in_turn(SOURCES, ["mean", "svd"]))
 def test_output_is_native_and_tied(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], key: str, init: str
 ) -> None:

@@ -153,7 +153,8 @@ def test_sixteen_bits_lose_no_more_than_natively(
 
 
 @pytest.mark.usefixtures("compiling")
-def test_a_compiled_forward_has_no_graph_breaks(model: Any) -> None:
+def test_a_compiled_forward_has_no_graph_breaks(converted_folder: Callable[..., Path]) -> None:
+    model = kvshare.load(converted_folder("square-norm", init="exact"), dtype=torch.float32)
     ids = tokens()[:, :12]
     expected = in_parts(model, ids, 10, 1, 1)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, SOURCES, TEXT, TINY_FOLDER
+from conftest import FAMILY_SOURCES, SOURCES, TEXT, TINY_FOLDER, in_turn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
@@ -139,9 +139,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*right-padding was detected")
-@pytest.mark.parametrize("holes", [False, True])
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("init", ["svd", "exact"])
+@pytest.mark.parametrize(("mode", "holes"), in_turn(MODES, [True, False]))
 def test_generation_equals_native(
     converted_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, init: str, mode: str, holes: bool
 ) -> None:

@@ -121,10 +121,15 @@ def test_left_padded_batches(pair: Callable[[str], tuple[Any, Any]], form: str, 
 
 
 @pytest.mark.parametrize(("form", "attention"), in_turn(FORMS, ["sdpa", "eager"], whole=TRAINED))
-def test_logits_equal_native(folder_of: Callable[[str], Path], form: str, attention: str) -> None:
-    folder = folder_of(form)
-    native = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
-    shared = kvshare.load(folder, dtype=torch.float32, attn_implementation=attention)
+def test_logits_equal_native(
+    folder_of: Callable[[str], Path], pair: Callable[[str], tuple[Any, Any]], form: str, attention: str
+) -> None:
+    if attention == "sdpa":
+        native, shared = pair(form)
+    else:
+        native = AutoModelForCausalLM.from_pretrained(folder_of(form), dtype=torch.float32, attn_implementation=attention).eval()
+        shared = kvshare.load(folder_of(form), dtype=torch.float32, attn_implementation=attention)
+    assert {model.config._attn_implementation for model in (native, shared)} == {attention}
     inputs = prompt(TEXT, padding_side="right")
     real = inputs["attention_mask"].bool()
     with torch.no_grad():

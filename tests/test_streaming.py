@@ -130,7 +130,7 @@ for init in ("mean", "svd"):
     for source in [sources[0], *sources]:  # once more at first: what stays of that is there before both
         open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
         kvshare.convert(source, source + "-out", overwrite=True, recipe=recipe, init=init, calibration=text,
-            calibration_tokens=512, eval_data=text, eval_tokens=512, eval_mode="off" if init == "mean" else "layers")
+            calibration_tokens=128, eval_data=text, eval_tokens=128, eval_mode="off" if init == "mean" else "layers")
         print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))  # ru_maxrss begins with the parent's
 """
 
