@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +36,20 @@ DEEPSPEED = {processes.DEEPSPEED: "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 FULL_KL = 2.0  # above that of the start, so that the rate is made of it
-WATCHED = f"""
+# Forks of a process that has everything imported, which notes how many numbers the weights of student and teacher take in each
+# process. The first argument says what becomes of them: `whole`, or `killed`: both are when a step after the first saved state is
+# shown as done, and run again.
+FORKS = f"""
+import json
 import os
+import signal
+import sys
 from pathlib import Path
-from kvshare import training
+from killing import run_together
+from kvshare import healing, training
+from kvshare.checkpoint import work_folder
+from kvshare.cli import main
+from kvshare.distillation import newest_state
 
 training.FULL_KL = {FULL_KL}
 tried = training.preflight
@@ -54,19 +62,6 @@ def watch(adapted, teacher, *rest):
     return terms
 
 training.preflight = watch
-"""
-# Forks of a process that has everything imported. The first argument says what becomes of them: `whole`, and rank and file of what
-# they print are printed, or `killed`: both are when a step after the first saved state is shown as done, and run again.
-FORKS = f"""
-import json
-import signal
-import sys
-from killing import run_together
-from kvshare import healing
-from kvshare.checkpoint import work_folder
-from kvshare.cli import main
-from kvshare.distillation import newest_state
-{WATCHED}
 task, output, words = sys.argv[1], Path(sys.argv[-1]), sys.argv[2:]
 trained = healing.train
 
@@ -102,6 +97,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def told_by_accelerate(name: str) -> dict[str, str]:
+    """The environment that `accelerate launch` would make for a configuration of the recipes."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "heal.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    if name == "deepspeed":
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        return dict(prepare_deepspeed_cmd_env(arguments)[1])
+    return dict(prepare_multi_gpu_env(arguments))
+
+
 @dataclass(frozen=True)
 class Job:
     """A healing: what both processes are told but the output, the checkpoint it begins with, and what one process makes of it.
@@ -127,7 +132,7 @@ def job(
     tmp_path_factory: pytest.TempPathFactory,
     text_file: str,
 ) -> Job:
-    """The same healing by one process and by two: one kind is launched by accelerate, the other by forks, which takes less time."""
+    """The same healing by one process and by two, which find what accelerate would tell them of the kind."""
     root = tmp_path_factory.mktemp("processes")
     folder, source, recipe = converted_folder("llama-gqa", 2), source_folder("llama-gqa"), root / "recipe.yaml"
     recipe.write_text(
@@ -144,18 +149,11 @@ def job(
         alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
     words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe, "--json"))]
     words += ["-o", str(root / "two")]
-    environment = ENVIRONMENT | {"HELD": str(root)}
-    if request.param == "fsdp2":
-        script, config = root / "heal.py", CONFIGS / "fsdp2.yaml"
-        script.write_text(f"{WATCHED}\nimport sys; from kvshare.cli import main; sys.argv[0] = 'kvshare'; main()")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-        done = subprocess.run([*launch, str(script), *words], env=environment, capture_output=True, text=True, check=False)
-        printed = done.stdout
-    else:
-        done = prepared.run(FORKS, "whole", *words, environment=environment)
-        printed = "".join((root / f"printed {rank}").read_text() for rank in (0, 1))
+    environment = told_by_accelerate(request.param) | ENVIRONMENT | {"HELD": str(root)}
+    done = prepared.run(FORKS, "whole", *words, environment=environment)
     assert done.returncode == 0, done.stderr
-    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "fsdp2" else {}
+    assert json.loads(done.stdout)["statuses"] == [0, 0], done.stderr
+    printed = "".join((root / f"printed {rank}").read_text() for rank in (0, 1))
     held = [int((root / rank).read_text()) for rank in "01"]
     return Job(environment, words[:-2], folder, alone, root / "one", root / "two", printed, held)
 
@@ -247,13 +245,8 @@ def test_launchers_that_healing_does_not_know_are_refused(
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed"])
 def test_healing_takes_what_the_launcher_says_of_a_configuration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed need not be installed: what `accelerate launch` would put into the environment is looked at."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "heal.py"])
-    arguments, _, _ = _validate_launch_command(arguments)
-    prepare = prepare_deepspeed_cmd_env if name == "deepspeed" else lambda given: (None, prepare_multi_gpu_env(given))
-    if name == "deepspeed":
-        arguments.deepspeed_fields_from_accelerate_config = ""
-    said = prepare(arguments)[1]
+    """DeepSpeed need not be installed."""
+    said = told_by_accelerate(name)
     for variable in (processes.FSDP, processes.DEEPSPEED, "FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE"):
         if variable in said:
             monkeypatch.setenv(variable, said[variable])
