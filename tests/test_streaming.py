@@ -21,6 +21,7 @@ from kvshare.errors import BadCheckpointError, UsageError
 from kvshare.families import family_of
 from kvshare.loading import load_native
 from kvshare.passes import passed
+from kvshare.recipe import load_recipe
 from kvshare.source import open_source
 from kvshare.streaming import Skeleton, last_logits, open_skeleton, read_layer
 
@@ -119,18 +120,18 @@ def test_what_cannot_be_measured_by_layers_is_refused(settings: dict[str, object
     assert not (tmp_path / "out").exists()
 
 
-PEAK = """
+MODES = {"mean": "off", "svd": "layers"}  # by the init that is converted with
+PEAK = f"""
 import re, sys
 import kvshare, kvshare.card, kvshare.merge.svd
 from kvshare.recipe import Recipe
 kvshare.card.draw_plot, kvshare.merge.svd.ITERATIONS = lambda report: None, 0  # which take time, and no memory that grows
-text, *sources = sys.argv[1:]
-recipe = Recipe.model_validate({"merge": {"balance": [1.0], "grouping": "neighbours"}, "heal": {"enabled": False}})
-for init in ("mean", "svd"):
+recipe, *sources = sys.argv[1:]
+recipe, MODES = Recipe.model_validate_json(recipe), {MODES}
+for init in MODES:
     for source in [sources[0], *sources]:  # once more at first: what stays of that is there before both
         open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-        kvshare.convert(source, source + "-out", overwrite=True, recipe=recipe, init=init, calibration=text,
-            calibration_tokens=128, eval_data=text, eval_tokens=128, eval_mode="off" if init == "mean" else "layers")
+        kvshare.convert(source, source + "-out", overwrite=True, recipe=recipe, init=init, eval_mode=MODES[init])
         print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))  # ru_maxrss begins with the parent's
 """
 
@@ -140,20 +141,22 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, text_file: str) -> None
     for source in sources:
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
         random_model(source, "llama", num_hidden_layers=int(source.name), hidden_size=256, intermediate_size=6144, **heads)
+    text = {"data": text_file, "tokens": 64, "sequence_length": 64}
+    recipe = load_recipe(
+        QUICK, **{f"{part}__{name}": value for part in ("calibration", "evaluation") for name, value in text.items()}
+    )
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     run = subprocess.run(
-        [sys.executable, "-c", PEAK, text_file, *sources],
+        [sys.executable, "-c", PEAK, recipe.model_dump_json(), *sources],
         # what is given back leaves the process: how much the allocator keeps for later is a matter of chance
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        env=plain | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
     found, sizes = [int(peak) for peak in run.stdout.split()], [(path / "model.safetensors").stat().st_size for path in sources]
     assert sizes[1] - sizes[0] > 120_000_000
-    calibration = QUICK.calibration.model_copy(update={"data": text_file})
-    for init, mode, peaks in (("mean", "off", found[1:3]), ("svd", "layers", found[4:])):
-        evaluation = QUICK.evaluation.model_copy(update={"data": text_file, "mode": mode})
-        recipe = QUICK.model_copy(update={"init": init, "calibration": calibration, "evaluation": evaluation})
+    for (init, mode), peaks in zip(MODES.items(), (found[1:3], found[4:]), strict=True):
         for source, peak in zip(sources, peaks, strict=True):
-            assert peak < kvshare.plan(source, recipe=recipe).memory_bytes
+            assert peak < kvshare.plan(source, recipe=recipe, init=init, eval_mode=mode).memory_bytes
         assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
