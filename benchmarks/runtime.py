@@ -129,7 +129,7 @@ def rows(name: str, folder: Path, modes: list[str], repeats: int) -> Iterator[tu
 def small_models(only: str, root: Path) -> Iterator[tuple[str, Path]]:
     """The models of the tests, converted, by their names there."""
     sys.path.insert(0, str(TESTS))
-    from conftest import FAMILY_SOURCES, SMALL, SOURCES, TIED_SOURCES, random_model
+    from common import FAMILY_SOURCES, SMALL, SOURCES, TIED_SOURCES, random_model
 
     for name, (model_type, fields) in (SOURCES | FAMILY_SOURCES | TIED_SOURCES).items():
         if re.search(only, name):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, SOURCES
+from common import FAMILY_SOURCES, SOURCES
 
 from kvshare.activations import attending, enters, first_inputs, rotary_dim
 from kvshare.families import family_of

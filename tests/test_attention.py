@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import DEVICE, FAMILY_SOURCES, SOURCES, in_turn
+from common import DEVICE, FAMILY_SOURCES, SOURCES, in_turn
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu, kvshare_triton

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TEXT
+from common import TEXT
 from torch import Tensor
 from transformers import AutoTokenizer
 

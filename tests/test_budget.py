@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY_FOLDER, convert_layers, mixed_layers, random_model
+from common import TINY_FOLDER, convert_layers, mixed_layers, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

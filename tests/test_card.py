@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 import pytest
 import yaml
-from conftest import BRIEF
+from common import BRIEF
 from PIL import Image
 
 import kvshare

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import TINY_FOLDER, edit_json
+from common import TINY_FOLDER, edit_json
 from test_bits import PROMPT
 from torch import Tensor
 

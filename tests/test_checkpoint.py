@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import edit_json
+from common import edit_json
 from safetensors.torch import load_file, save_file
 
 import kvshare

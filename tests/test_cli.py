@@ -17,7 +17,7 @@ from typing import Any
 import prepared
 import pytest
 import typer
-from conftest import TINY_FOLDER, Outcome, edit_json
+from common import TINY_FOLDER, Outcome, edit_json
 from killing import contents
 from kvshare.cli import app
 from kvshare.cli.options import DATA

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, Outcome
+from common import QUICK, Outcome
 
 import kvshare
 from kvshare.contamination import Contamination, contamination

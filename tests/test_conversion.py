@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import QUICK, SOURCES, TEXT, TINY_FOLDER, edit_json, in_turn
+from common import QUICK, SOURCES, TEXT, TINY_FOLDER, edit_json, in_turn
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

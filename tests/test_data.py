@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import TEXT, TINY_FOLDER, edit_json
+from common import TEXT, TINY_FOLDER, edit_json
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SQUARE, TEXT, TINY_FOLDER, edit_json
+from common import SQUARE, TEXT, TINY_FOLDER, edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer

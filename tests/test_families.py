@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
+from common import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.gptj import modeling_gptj

@@ -3,7 +3,7 @@
 Elsewhere is what is neither a folder of the test nor the cache of the Hub; the interpreter itself reports what is written.
 
 Random bytes rarely get past a first check, so most inputs are valid ones in which some fields were changed, taken away, renamed,
-doubled or exchanged. `pytest --hypothesis-profile=thorough tests/test_fuzz.py` tries many more of them (see conftest.py).
+doubled or exchanged. `pytest --hypothesis-profile=thorough tests/test_fuzz.py` tries many more of them (see common.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import QUICK, TEXT, TINY_FOLDER, random_model
+from common import QUICK, TEXT, TINY_FOLDER, random_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from killing import CHANGES, WRITES

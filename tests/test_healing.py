@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import edit_json
+from common import edit_json
 from safetensors.torch import load_file
 
 import kvshare

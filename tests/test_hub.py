@@ -16,7 +16,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import Outcome
+from common import Outcome
 
 import kvshare
 from kvshare.duration import estimate_seconds

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers.models.llama.modeling_llama as llama
-from conftest import TEXT
+from common import TEXT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast

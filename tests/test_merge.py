@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import in_turn
+from common import in_turn
 from torch import Tensor
 
 from kvshare.activations import OutputSums

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_FOLDER
+from common import TINY_FOLDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

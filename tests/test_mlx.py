@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BRIEF, FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json, random_model
+from common import BRIEF, FAMILY_SOURCES, QUICK, SOURCES, TEXT, edit_json, random_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvshare

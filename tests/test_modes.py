@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, random_model
+from common import TEXT, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILY_SOURCES, SOURCES, TEXT, TINY_FOLDER, in_turn
+from common import FAMILY_SOURCES, SOURCES, TEXT, TINY_FOLDER, in_turn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import TINY_FOLDER, Outcome
+from common import TINY_FOLDER, Outcome
 from hub_server import SIGNATURE, TOKEN, Fault, Hub, serving
 from transformers import AutoModelForCausalLM
 

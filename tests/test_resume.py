@@ -13,7 +13,7 @@ from typing import Any
 import prepared
 import pytest
 import torch
-from conftest import BRIEF, QUICK, TINY_FOLDER, Outcome, in_turn, random_model
+from common import BRIEF, QUICK, TINY_FOLDER, Outcome, in_turn, random_model
 from killing import contents, jobs
 from safetensors.torch import load_file
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, random_model
+from common import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, random_model
 from test_modes import InHalves
 from transformers import (
     AutoConfig,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import SOURCES, SQUARE, TEXT, in_turn
+from common import SOURCES, SQUARE, TEXT, in_turn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kvshare

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import edit_json
+from common import edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import prepared
 import pytest
-from conftest import QUICK, TINY_FOLDER, Outcome, random_model
+from common import QUICK, TINY_FOLDER, Outcome, random_model
 from filelock import FileLock
 from killing import contents
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK, TINY_FOLDER, Outcome, edit_json
+from common import QUICK, TINY_FOLDER, Outcome, edit_json
 from safetensors.torch import load_file, save_file
 
 import kvshare

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SOURCES, TINY_FOLDER, random_model
+from common import QUICK, SOURCES, TINY_FOLDER, random_model
 from safetensors.torch import load_file, save_file
 
 import kvshare

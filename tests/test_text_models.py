@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BRIEF, edit_json, save_random
+from common import BRIEF, edit_json, save_random
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 

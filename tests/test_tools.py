@@ -15,7 +15,7 @@ import prepared
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL, random_model
+from common import SMALL, random_model
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.continuous_batching import cache as paged
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from common import DEVICE
 from test_attention import INTEGERS, SHAPES, case, error
 
 from kvshare.runtime.reference import rotated, shared_attention
