@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, edit_json
+from common import BRIEF, FAMILY_SOURCES, SOURCES, TEXT, TIED_SOURCES, Outcome, edit_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.gptj import modeling_gptj
@@ -329,7 +329,11 @@ def test_heads_that_no_config_counts_are_not_merged(source_folder: Callable[[str
 
 
 def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight_is_read(
-    source_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text_file: str
+    source_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    text_file: str,
+    run: Callable[..., Outcome],
 ) -> None:
     """gptj before transformers 5.24 has no attention function to be given."""
     monkeypatch.delattr(modeling_gptj, "eager_attention_forward")
@@ -343,6 +347,11 @@ def test_a_form_that_this_transformers_does_not_allow_is_refused_before_a_weight
     ):
         with pytest.raises(UnsupportedModelError, match=r"GPTJAttention of transformers 5\.\S+ attends in a way"):
             verb()
+    for verb in ("inspect", "calibrate", "convert"):  # a dry run refuses what the run would
+        text = "--calibration" if verb == "convert" else "--data"
+        tried = run(verb, source, "-o", tmp_path / "out", text, text_file, "--dry-run")
+        assert tried.code != 0
+        assert "attends in a way" in tried.err
     assert list(tmp_path.iterdir()) == []
 
 
