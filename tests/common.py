@@ -1,7 +1,7 @@
 """What the tests share: small models of every family, converted once per session. Offline, on the CPU.
 
-With KVSHARE_TEST_DEVICE=cuda, tests/test_triton.py and `tests/test_attention.py -k triton` run the kernels on a GPU. With
-KVSHARE_TEST_EVERY=1, what is tested in turn (see `in_turn`) is tested in every combination, in twice the time.
+With KVSHARE_TEST_DEVICE=cuda, tests/test_triton.py and `tests/test_attention.py -k triton` run the kernels on a GPU. There, and
+with KVSHARE_TEST_EVERY=1, what is tested in turn (see `in_turn`) is tested in every combination.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from kvshare.sections import Calibration
 from kvshare.sensitivity import Agreement, Damage, Sensitivity
 from kvshare.source import TINY, open_source
 
-EVERY = bool(os.environ.get("KVSHARE_TEST_EVERY"))  # combination of what is tested in turn
 DEVICE = "cuda" if os.environ["CUDA_VISIBLE_DEVICES"] else "cpu"  # of the kernels for GPUs
+EVERY = DEVICE == "cuda" or bool(os.environ.get("KVSHARE_TEST_EVERY"))  # combination of what is tested in turn
 
 # `pytest --hypothesis-profile=thorough` tries many more inputs, other ones every time.
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)

@@ -230,8 +230,7 @@ def test_another_basis_of_the_values_changes_nothing(kv_heads: int) -> None:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("kind", ["plain", "partial", "nope"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("kind", "kv_heads"), in_turn(["plain", "partial", "nope"], [2, 4]))
 def test_what_rope_lets_keys_be_in_changes_nothing(kv_heads: int, kind: str) -> None:
     layer = random_layer(3, kind=kind)
     gauge = key_gauge(torch.Generator().manual_seed(5), kind, 4)
@@ -328,8 +327,7 @@ def test_moments_are_what_they_say(kind: str, seed: int) -> None:
             torch.testing.assert_close(values, pooled.T @ pooled / len(pooled))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", ["plain", "partial", "nope"])
+@pytest.mark.parametrize(("kind", "seed"), in_turn(["plain", "partial", "nope"], range(4), each=2))
 def test_the_loss_is_the_cost_of_the_formula(kind: str, seed: int) -> None:
     layer, x = random_layer(10 + seed, kind=kind), inputs(seed, 8)
     found = moments(layer, singles(4), x)
@@ -391,8 +389,7 @@ def test_without_rope_less_is_lost(kind: str, group: tuple[int, ...]) -> None:
     assert solve_group(replace(problem, rotary_dim=0)).loss <= solve_group(problem).loss * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [(1,), (0, 3)])
+@pytest.mark.parametrize(("kind", "group"), in_turn(KINDS, [(1,), (0, 3)]), ids=str)
 def test_small_changes_do_not_improve_the_solution(group: tuple[int, ...], kind: str) -> None:
     problem = problem_of(random_layer(20, kind=kind), group)
     solution = solve_group(problem, 1000)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from common import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, random_model
+from common import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, in_turn, random_model
 from test_modes import InHalves
 from transformers import (
     AutoConfig,
@@ -145,9 +145,8 @@ def test_attention_is_what_the_form_says(model_of: Callable[[str], Any], key: st
     assert float((wanted - got.double().roll(1, 1)).detach().abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("size", [1, 7])
-@pytest.mark.parametrize("key", KINDS)
+@pytest.mark.parametrize(("key", "implementation"), in_turn(KINDS, ["sdpa", "eager"]))
 def test_a_cache_in_parts_gives_the_logits_of_one_forward(
     model_of: Callable[[str], Any], key: str, size: int, implementation: str
 ) -> None:
@@ -176,8 +175,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("key", ["llama-bias", "mistral", "qwen3", "smollm3"])
+@pytest.mark.parametrize(("mode", "key"), in_turn(MODES, ["llama-bias", "mistral", "qwen3", "smollm3"], each=2))
 def test_generation_gives_the_tokens_of_whole_forwards(
     model_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, key: str, mode: str
 ) -> None:
