@@ -142,12 +142,12 @@ def self_rows(
         model: the source model.
         tokens, length: as for `token_rows`.
         seed: decides every sample.
-        progress: called with rows done and rows in all.
+        progress: called with tokens done and tokens in all, at the beginning and behind every token of a batch.
 
     Returns:
         token ids (rows, length), int64, on the CPU.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     check_tokenizer(tokenizer, SELF)
     start: Any = start_token(tokenizer)
@@ -171,14 +171,23 @@ def self_rows(
         model.generation_config = GenerationConfig()  # the model's own stops and penalties would bend the samples
         try:
             for done in range(0, count, batch):
+                if progress is not None:
+                    progress(done * length, count * length)
                 prompt = torch.full((min(batch, count - done), 1), start, device=device)
                 mask = torch.ones_like(prompt)
-                rows.append(model.generate(prompt, attention_mask=mask, generation_config=settings).cpu())
-                if progress is not None:
-                    progress(min(done + batch, count), count)
+                told = StoppingCriteriaList([partial(_told, progress, done * length, count * length)])
+                run = model.generate(prompt, attention_mask=mask, generation_config=settings, stopping_criteria=told)
+                rows.append(run.cpu())
         finally:
             model.generation_config = carried
     return torch.cat(rows)
+
+
+def _told(progress: Callable[[int, int], None] | None, before: int, total: int, ids: Tensor, _: Any) -> Tensor:
+    """Report what is written so far, where `generate` asks which rows (rows, length) are at their end: none."""
+    if progress is not None:
+        progress(before + ids.numel(), total)
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def _cache_bytes(config: PreTrainedConfig) -> int:

@@ -515,6 +515,16 @@ def test_quiet_shows_results_alone(
     assert "perplexity increase" in quiet.out
 
 
+def test_lines_begin_anew_with_a_stage_that_comes_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """Text is written once to calibrate on and once to heal on."""
+    with shown_progress() as progress:
+        for total in (40, 200):
+            for done in range(0, total + 1, 2):
+                progress("writing text", done, total)
+    told = capsys.readouterr().err.splitlines()
+    assert (len(told), told[0], told[10:12]) == (22, "writing text: 0/40", ["writing text: 40/40", "writing text: 0/200"])
+
+
 def test_a_log_file_gets_whole_lines_without_colour(tmp_path: Path) -> None:
     """Also where the terminal would be narrow, and where the file can hold neither lines of a box nor other signs."""
     environment = os.environ | {"COLUMNS": "30", "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
