@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from kvshare.sections import SELF
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+WRITING = "writing text with the source model"  # what progress calls it
 BETWEEN_WORDS = re.compile(r"\w \w")
 SAMPLE_ROWS, SAMPLE_CACHE_BYTES = 256, 4 << 30  # rows written at a time, and what their cache may take
 LOGIT_BYTES = 1 << 30  # what the logits of one forward may take, copies for softmax and gradient included
@@ -134,7 +135,7 @@ def self_rows(
     tokens: int,
     length: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Rows that the model writes itself: sampled at temperature 1 from its start token, on through ends of documents.
 
@@ -142,7 +143,7 @@ def self_rows(
         model: the source model.
         tokens, length: as for `token_rows`.
         seed: decides every sample.
-        progress: called with tokens done and tokens in all, at the beginning and behind every token of a batch.
+        progress: called at the beginning and behind every token of a batch, with tokens.
 
     Returns:
         token ids (rows, length), int64, on the CPU.
@@ -170,9 +171,8 @@ def self_rows(
         torch.manual_seed(seed)
         model.generation_config = GenerationConfig()  # the model's own stops and penalties would bend the samples
         try:
+            progress(WRITING, 0, count * length)
             for done in range(0, count, batch):
-                if progress is not None:
-                    progress(done * length, count * length)
                 prompt = torch.full((min(batch, count - done), 1), start, device=device)
                 mask = torch.ones_like(prompt)
                 told = StoppingCriteriaList([partial(_told, progress, done * length, count * length)])
@@ -183,10 +183,9 @@ def self_rows(
     return torch.cat(rows)
 
 
-def _told(progress: Callable[[int, int], None] | None, before: int, total: int, ids: Tensor, _: Any) -> Tensor:
+def _told(progress: Progress, before: int, total: int, ids: Tensor, _: Any) -> Tensor:
     """Report what is written so far, where `generate` asks which rows (rows, length) are at their end: none."""
-    if progress is not None:
-        progress(before + ids.numel(), total)
+    progress(WRITING, before + ids.numel(), total)
     return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
@@ -268,7 +267,7 @@ def _written_rows(
     kept = None if cache is None else cache.file(tokens, length, seed)
     if kept is not None and kept.is_file():
         return load_file(kept)["rows"]
-    rows = self_rows(model, tokenizer, tokens, length, seed, partial(progress, "writing text with the source model"))
+    rows = self_rows(model, tokenizer, tokens, length, seed, progress)
     if kept is not None:
         beside = kept.with_suffix(".part")
         save_file({"rows": rows}, beside)

@@ -31,7 +31,7 @@ import torch
 import transformers
 from filelock import FileLock
 from hypothesis import settings
-from killing import no_plot
+from killing import SEARCH, no_plot
 from kvshare.cli import main
 
 import kvshare
@@ -86,13 +86,8 @@ def _frozen() -> None:
     gc.freeze()
 
 
-SHORT: dict[str, Any] = {
+SHORT: dict[str, Any] = SEARCH | {
     "kvshare.card.draw_plot": no_plot,
-    "kvshare.merge.svd.ITERATIONS": 3,
-    "kvshare.merge.svd.RESTARTED_ITERATIONS": 2,
-    "kvshare.merge.svd.SETTLING": 2,
-    "kvshare.merge.regroup.PAIR_ITERATIONS": 2,
-    "kvshare.layerwise.ALONE_ITERATIONS": 2,
     "kvshare.evaluation.GENERATED_TOKENS": 16,
     "peft.PeftModel.create_or_update_model_card": lambda *_: None,
     "os.fsync": lambda _: None,  # what outlives a process, as every test asks, outlives it without the disk
@@ -190,6 +185,11 @@ def in_turn(rows: Iterable[Row], columns: Sequence[Column], each: int = 1, whole
         pairs += [(row, columns[(place + step) % len(columns)]) for step in range(count)]
         place += count
     return pairs
+
+
+def at_times(*rows: Row) -> list[Row]:
+    """What is tested as well where every combination is asked for."""
+    return [*rows] if EVERY else []
 
 
 def quick_for(source: Path) -> Recipe:
@@ -432,7 +432,7 @@ def converted_folder(
 
     def get(key: str, kv_heads: int | str = "all", init: str = "svd", form: str = "shared") -> Path:
         settings: dict[str, Any] = {"init": init, "kv_heads": kv_heads, "form": form, "calibration": text_file}
-        settings |= {"calibration_tokens": 2048 if key == "tiny" else 1024, **measuring(key, text_file)}
+        settings |= {"calibration_tokens": 4096 if key == "tiny" else 1024, **measuring(key, text_file)}
         return once(
             f"{key}-{kv_heads}-{init}-{form}".replace("/", "of"),
             lambda folder: kvshare.convert(source_folder(key), folder, recipe=quick_for(source_folder(key)), **settings),

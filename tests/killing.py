@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -22,6 +23,15 @@ from typing import Any
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
+
+# how long the closed form is searched for where only results are compared with each other, by the full names of the settings
+SEARCH = {
+    "kvshare.merge.svd.ITERATIONS": 3,
+    "kvshare.merge.svd.RESTARTED_ITERATIONS": 2,
+    "kvshare.merge.svd.SETTLING": 2,
+    "kvshare.merge.regroup.PAIR_ITERATIONS": 2,
+    "kvshare.layerwise.ALONE_ITERATIONS": 2,
+}
 
 Job = Callable[[bool], Any]
 """Called with whether an earlier run has broken off."""
@@ -80,6 +90,13 @@ def run_forked(job: Job, again: bool, root: Path, kill_at: int = 0, seconds: flo
         said = stream.read()
     _, code = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(code), int(said or 0)
+
+
+def search_briefly() -> None:
+    """Set what `SEARCH` says in this process."""
+    for name, steps in SEARCH.items():
+        module, _, setting = name.rpartition(".")
+        setattr(importlib.import_module(module), setting, steps)
 
 
 def no_plot(report: dict[str, Any]) -> bytes:
@@ -284,12 +301,9 @@ def main() -> None:
 
     The job `together` is `mean` in two processes, each of which is killed at so many points.
     """
-    from kvshare import card, layerwise
-    from kvshare.merge import regroup, svd
+    from kvshare import card
 
-    # a short search, and a figure that is not drawn: runs are only compared with each other
-    svd.ITERATIONS = svd.RESTARTED_ITERATIONS = 4
-    svd.SETTLING = regroup.PAIR_ITERATIONS = layerwise.ALONE_ITERATIONS = 2
+    search_briefly()
     card.draw_plot = no_plot
     sources, root = Path(sys.argv[1]), Path(sys.argv[2])
     known, result = jobs(sources), {}

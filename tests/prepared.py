@@ -21,6 +21,7 @@ from typing import Any
 
 IMPORTED = ("datasets", "peft", "transformers.trainer", "transformers.models.llama.modeling_llama", "torch.distributed.fsdp")
 OWN = ("kvshare.cli", "kvshare.conversion", "kvshare.healing", "kvshare.inspection", "kvshare.runtime.modeling_kvshare")
+KILLING = "import killing; killing.main()"
 COMMAND = "from kvshare.cli import main; main()"
 
 
@@ -71,4 +72,4 @@ def run(code: str, *arguments: str | Path, environment: Mapping[str, str] | None
     """Run code to its end; for the arguments see `started`."""
     with started(code, *arguments, environment=environment) as (process, *files):
         process.join()
-        return subprocess.CompletedProcess([*arguments], process.exitcode or 0, *(file.read_text("utf-8") for file in files))
+        return subprocess.CompletedProcess([*arguments], process.exitcode, *(file.read_text("utf-8") for file in files))

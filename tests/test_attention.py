@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from common import DEVICE, EVERY, FAMILY_SOURCES, SOURCES, in_turn
+from common import DEVICE, FAMILY_SOURCES, SOURCES, at_times, in_turn
 from torch import Tensor
 
 from kvshare.runtime import kvshare_attention, kvshare_bits, kvshare_cpu, kvshare_triton
@@ -270,9 +270,7 @@ def test_families_decode_through_the_kernel(model_of: Callable[..., Any], monkey
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
-TRITON = ["llama-gqa", "smollm3", "phi", "gpt_oss", "cohere"]
-if EVERY:  # in the interpreter each takes seconds
-    TRITON += ["qwen3", "qwen2", "mistral-window", "gemma2"]
+TRITON = ("llama-gqa", "smollm3", "phi", "gpt_oss", "cohere", *at_times("qwen3", "qwen2", "mistral-window", "gemma2"))
 
 
 @pytest.mark.parametrize("key", TRITON)
@@ -389,7 +387,7 @@ def test_defaults_of_torch_do_not_matter(
 @needs_compiler
 @pytest.mark.parametrize(
     ("key", "backend", "named"),
-    [("qwen2", "compiled", False), ("cohere", "compiled", True), ("qwen3", "triton", True)],
+    [("qwen2", "compiled", False), ("cohere", "compiled", True), ("gemma2", "compiled", False), ("qwen3", "triton", True)],
 )
 @pytest.mark.usefixtures("compiling")
 @torch.no_grad()
@@ -398,7 +396,7 @@ def test_a_kernel_is_one_operation_of_a_compiled_forward(
 ) -> None:
     """On the CPU by itself, on a GPU where it is asked for."""
     device = DEVICE if backend == "triton" else "cpu"
-    model = model_of(key, num_hidden_layers=1).to(device)
+    model = model_of(key).to(device)
     ids = torch.arange(100, 130, device=device).view(2, 15)
     calls = 0
 

@@ -63,7 +63,7 @@ def converted(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str
         recipe.write_text("merge: {balance: [1.0]}")
         text = ("--calibration", text_file, "--calibration-tokens", "2048", "--eval-data", text_file, "--eval-tokens", "2048")
         options = ("-o", folder / "alone/converted", "--recipe", recipe, "--no-heal", *text, "--json")
-        code = f"from kvshare.merge import svd; svd.ITERATIONS = 3; {prepared.COMMAND}"
+        code = f"import killing; killing.search_briefly(); {prepared.COMMAND}"
         done = prepared.run(code, "convert", "kvshare/tiny", *options)
         (folder / "printed.json").write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
 

@@ -283,7 +283,7 @@ def test_self_needs_the_model(model: Any, tokenizer: Any, monkeypatch: pytest.Mo
     assert torch.equal(rows, self_rows(model, tokenizer, 65 * 4, 4, 2))
     stages, done, totals = zip(*seen, strict=True)
     assert (set(stages), set(totals)) == ({"writing text with the source model"}, {65 * 4})
-    assert done == (0, 128, 192, 256, 256, 258, 259, 260)  # token by token, 64 rows and then one
+    assert done == (0, 128, 192, 256, 258, 259, 260)  # token by token, 64 rows and then one
     with pytest.raises(ValueError, match="source model"):
         load_rows("self", tokenizer, None, 100, 10, 0)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from common import SQUARE, TEXT, TINY_FOLDER, edit_json
+from common import SQUARE, TEXT, TINY_FOLDER, at_times, edit_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,8 +153,9 @@ def test_sixteen_bits_lose_no_more_than_natively(
 
 
 @pytest.mark.usefixtures("compiling")
-def test_a_compiled_forward_has_no_graph_breaks(converted_folder: Callable[..., Path]) -> None:
-    model = kvshare.load(converted_folder("square-norm", init="exact"), dtype=torch.float32)
+@pytest.mark.parametrize("key", ["square-norm", *at_times("tiny")])
+def test_a_compiled_forward_has_no_graph_breaks(converted_folder: Callable[..., Path], key: str) -> None:
+    model = kvshare.load(converted_folder(key, init="exact"), dtype=torch.float32)
     ids = tokens()[:, :12]
     expected = in_parts(model, ids, 10, 1, 1)
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)

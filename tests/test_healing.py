@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from common import EVERY, edit_json
+from common import at_times, edit_json
 from safetensors.torch import load_file
 
 import kvshare
@@ -74,7 +74,7 @@ def test_healing_brings_a_trained_model_closer(
 
 
 @pytest.mark.parametrize(
-    "key", ["llama-gqa", "qwen2", "smollm3", "phi", "gpt2", "phi3", "gemma3_text", "glm", *(["mistral", "qwen3"] if EVERY else [])]
+    "key", ["llama-gqa", "qwen2", "smollm3", "phi", "gpt2", "phi3", "gemma3_text", "glm", *at_times("mistral", "qwen3")]
 )
 def test_the_tie_holds_and_embeddings_stay(
     converted_folder: Callable[..., Path], source_folder: Callable[[str], Path], tmp_path: Path, text_file: str, key: str

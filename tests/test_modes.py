@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import TEXT, random_model
+from common import TEXT, at_times, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, QuantizedCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
@@ -64,7 +64,7 @@ def test_tokens_equal_native(converted_folder: Callable[..., Path], monkeypatch:
 
 
 @pytest.mark.usefixtures("compiling")
-@pytest.mark.parametrize("key", ["llama-gqa", "mistral-window"])
+@pytest.mark.parametrize("key", ["llama-gqa", "mistral-window", *at_times("tiny")])
 @torch.no_grad()
 def test_one_graph_with_a_static_cache(converted_folder: Callable[..., Path], key: str) -> None:
     native, shared = pair(converted_folder(key))

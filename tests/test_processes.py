@@ -72,11 +72,11 @@ def dies(stage, done, total):
 def train(*arguments):
     return trained(*arguments[:7], dies, *arguments[8:])
 
-def heal(dying, *more):
+def heal(function, *more):
     def job(again):
         sys.argv = ["kvshare", *words, *more]
         sys.stdout = open(output.parent / f"printed {{os.environ['RANK']}}", "w")
-        healing.train = train if dying else trained
+        healing.train = function
         try:
             main()
         except SystemExit as stop:
@@ -85,8 +85,8 @@ def heal(dying, *more):
             sys.stdout.flush()
     return run_together(job, output)[0]
 
-for dying in (True, False) if task == "killed" else (False,):
-    statuses = heal(dying, *(["--resume"] if task == "killed" and not dying else []))
+for run in {{"whole": [(trained,)], "killed": [(train,), (trained, "--resume")]}}[task]:
+    statuses = heal(*run)
     state = newest_state(work_folder(output) / "training")
     print(json.dumps({{"statuses": statuses, "state": state is not None, "output": output.exists()}}))
 """
@@ -148,14 +148,13 @@ def job(
         patch.setattr("kvshare.training.FULL_KL", FULL_KL)
         alone = kvshare.heal(folder, root / "one", source, f"{text_file}=1,self=1", recipe=recipe)
     words = [*map(str, ("heal", folder, "--source", source, "--data", f"{text_file}=1,self=1", "--recipe", recipe, "--json"))]
-    words += ["-o", str(root / "two")]
     environment = told_by_accelerate(request.param) | ENVIRONMENT | {"HELD": str(root)}
-    done = prepared.run(FORKS, "whole", *words, environment=environment)
+    done = prepared.run(FORKS, "whole", *words, "-o", root / "two", environment=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["statuses"] == [0, 0], done.stderr
     printed = "".join((root / f"printed {rank}").read_text() for rank in (0, 1))
     held = [int((root / rank).read_text()) for rank in "01"]
-    return Job(environment, words[:-2], folder, alone, root / "one", root / "two", printed, held)
+    return Job(environment, words, folder, alone, root / "one", root / "two", printed, held)
 
 
 def test_two_processes_heal_as_one_does(job: Job) -> None:

@@ -23,8 +23,6 @@ from kvshare.checkpoint import REPLACED, WeightWriter, work_folder
 from kvshare.errors import NoSpaceError, QualityError, UnfinishedWorkError, UsageError
 from kvshare.journal import JOURNAL, flat, open_journal, read_journal
 
-KILLING = "import killing; killing.main()"
-
 
 @pytest.fixture(scope="session")
 def sources(once: Callable[[str, Callable[[Path], Any]], Path], text_file: str) -> Path:
@@ -42,7 +40,7 @@ def test_killed_at_a_write_it_goes_on_to_the_same_bytes(sources: Path, tmp_path:
     """At a few of the places; benchmarks/convert.py kills at all of them."""
     points = {"mean": 5, "svd": 3, "budget": 3, "healed": 3, "heal": 3}
     asked = [f"{name}={count}" for name, count in points.items()]
-    done = prepared.run(KILLING, sources, tmp_path, *asked)
+    done = prepared.run(prepared.KILLING, sources, tmp_path, *asked)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {name: {"killed": count, "wrong": {}} for name, count in points.items()}
 

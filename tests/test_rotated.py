@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from common import QUICK, SMALL, TEXT, TINY_FOLDER, convert_layers, edit_json, in_turn, random_model
+from common import QUICK, SMALL, TEXT, TINY_FOLDER, at_times, convert_layers, edit_json, in_turn, random_model
 from test_modes import InHalves
 from transformers import (
     AutoConfig,
@@ -467,9 +467,10 @@ def test_continuous_batching_in_pages_of_full_size(model_of: Callable[[str], Any
 
 
 @pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("key", ["mistral", *at_times("llama")])
 @torch.no_grad()
-def test_one_graph_with_a_static_cache(model_of: Callable[[str], Any]) -> None:
-    model = model_of("mistral")
+def test_one_graph_with_a_static_cache(model_of: Callable[[str], Any], key: str) -> None:
+    model = model_of(key)
     wanted = model.generate(IDS, use_cache=False, do_sample=False, **SETTINGS | {"max_new_tokens": 6}).sequences
     forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     cache, ids, given = StaticCache(config=model.config, max_cache_len=40), IDS, [IDS]

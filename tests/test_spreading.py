@@ -269,6 +269,6 @@ def test_processes_of_a_launch_give_the_bytes_of_one(tmp_path: Path) -> None:
 
 def test_killed_processes_go_on_to_the_same_bytes(tmp_path: Path) -> None:
     random_model(tmp_path / "model", "llama")
-    done = prepared.run("import killing; killing.main()", tmp_path, tmp_path / "root", "together=2")
+    done = prepared.run(prepared.KILLING, tmp_path, tmp_path / "root", "together=2")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"together": {"killed": 4, "wrong": {}}}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import EVERY, QUICK, TINY_FOLDER, Outcome, edit_json
+from common import QUICK, TINY_FOLDER, Outcome, at_times, edit_json
 from safetensors.torch import load_file, save_file
 
 import kvshare
@@ -38,9 +38,7 @@ def taken(
     return get
 
 
-@pytest.mark.parametrize(
-    ("key", "kv_heads"), [("qwen3", "all"), ("qwen2", 2), ("gpt2", "all"), *([("tiny", "all")] if EVERY else [])]
-)
+@pytest.mark.parametrize(("key", "kv_heads"), [("qwen3", "all"), ("qwen2", 2), ("gpt2", "all"), *at_times(("tiny", "all"))])
 def test_statistics_give_the_weights_that_their_text_gives(
     key: str,
     kv_heads: int | str,
